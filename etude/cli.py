@@ -1,0 +1,112 @@
+"""From a frozen dataclass to a command line: flags, ``--config run.yaml``, ``--print_config`` and exit codes.
+
+A thin layer over jsonargparse. A config is a dataclass whose fields are made by :func:`option`, so that the default
+and the sentence that explains it stand beside the name; ``--help`` prints both.
+"""
+
+import dataclasses
+import difflib
+import errno
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from etude.errors import EtudeError, StorageError, UsageError
+
+
+def option(default: Any, help: str, **keywords) -> Any:
+    """A dataclass field with its explanation. A callable ``default`` is called when the config is made."""
+    kind = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": help, **keywords})
+
+
+def parse(config_class: type, description: str, argv: Sequence[str] | None = None, commands: dict[str, str] | None = None):
+    """Read ``argv`` (the process's arguments by default) into a ``config_class``.
+
+    ``commands`` maps the sub-commands to their explanations; the first is the default, and the return value is then
+    ``(command, config)``. Exits with 0 after ``--help`` or ``--print_config``; raises :class:`UsageError`.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    hints = get_type_hints(config_class)
+    fields = dataclasses.fields(config_class)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    if commands:
+        explained = "; ".join(f"{name}: {text}" for name, text in commands.items())
+        parser.add_argument("command", nargs="?", choices=list(commands), default=next(iter(commands)), help=explained)
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML or JSON file of these options")
+    for field in fields:
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        kind, arity = hints[field.name], {}
+        if kind is bool:  # a switch may be given bare (--deterministic) or with its value, as a config file gives it
+            arity = {"nargs": "?", "const": True}
+        elif get_origin(kind) is tuple:  # --data one.jsonl two.jsonl
+            kind, arity, default = get_args(kind)[0], {"nargs": "+"}, list(default)
+        parser.add_argument(
+            f"--{field.name}",
+            type=kind,
+            default=default,
+            help=field.metadata.get("help", ""),
+            **arity,
+        )
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _refuse_unknown_flags(arguments, [field.name for field in fields] + ["config", "print_config", "help"])
+    try:
+        values = parser.parse_args(arguments)
+    except SystemExit:
+        raise
+    except Exception as error:  # argparse and jsonargparse raise several kinds for one thing: a bad command line
+        raise UsageError(" ".join(str(error).split())) from error
+    settings = {field.name: getattr(values, field.name) for field in fields}
+    config = config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+    return (values.command, config) if commands else config
+
+
+def _refuse_unknown_flags(arguments: Sequence[str], names: Sequence[str]) -> None:
+    for argument in arguments:
+        flag = re.match(r"--([A-Za-z][\w-]*)", argument)
+        if flag and flag[1] not in names:
+            near = difflib.get_close_matches(flag[1].replace("-", "_"), names, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "see --help"
+            raise UsageError(f"there is no option --{flag[1]}; {hint}")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON and YAML values."""
+    values = dataclasses.asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def save(config: Any, path: str) -> None:
+    """Write a config as the YAML that ``--config`` takes back."""
+    import yaml
+
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        yaml.safe_dump(as_dict(config), file, sort_keys=False, allow_unicode=True)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call a script's ``main`` and leave the process with the exit code its outcome deserves."""
+    # Windows consoles and pipes default to a legacy code page; every script prints Chinese and English.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        sys.exit(main() or 0)
+    except EtudeError as error:
+        _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left half-written", 130)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO):
+            _fail(f"{error.filename or 'the disk'}: {error.strerror}; free some space or choose another folder", StorageError.exit_code)
+        raise
+
+
+def _fail(message: object, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)

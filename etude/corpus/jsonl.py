@@ -1,0 +1,215 @@
+"""Text and JSON records in and out, with ``file:line`` on every complaint.
+
+Reads .jsonl and .txt, also compressed (.gz .bz2 .xz .zst), file by file and line by line, so memory does not grow with
+the input. Nothing is dropped silently: a bad record is an error, or, within ``max_bad``, counted, listed and kept aside.
+"""
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from etude.errors import DataError, UsageError
+from etude.files import whole_file
+
+TEXT_SUFFIXES = {".jsonl", ".txt"}
+COMPRESSED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst"}
+MAX_LINE_BYTES = 64 * 2**20  # one line is held in memory; a longer one is no record but a mistake
+
+
+@dataclass
+class Rejects:
+    """Counts the bad records of a job, and ends it at the first one above ``max_bad``."""
+
+    max_bad: int = 0
+    reasons: list[str] = field(default_factory=list)  # "file:line: reason", one a rejected record
+
+    def add(self, place: str, reason: str) -> None:
+        self.reasons.append(f"{place}: {reason}")
+        if len(self.reasons) > self.max_bad:
+            allowed = f" (more than the {self.max_bad} that --max_bad allows)" if self.max_bad else ""
+            raise DataError(f"{place}: {reason}{allowed}; mend the record, or let some go with --max_bad N")
+
+    def summary(self) -> str:
+        """A line for people; "" when nothing was rejected."""
+        if not self.reasons:
+            return ""
+        shown = "".join(f"\n  {reason}" for reason in self.reasons[:5])
+        more = f"\n  … and {len(self.reasons) - 5} more" if len(self.reasons) > 5 else ""
+        return f"skipped {len(self.reasons)} bad records (--max_bad {self.max_bad}):{shown}{more}"
+
+
+def kind_of(path: Path) -> str:
+    """.jsonl or .txt, below any compression suffix; other names are taken as they end."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def find_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """The data files that ``inputs`` name: files, folders (searched through) and glob patterns, in a stable order."""
+    found: list[Path] = []
+    for name in map(str, inputs):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            below = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in TEXT_SUFFIXES)
+            if not below:
+                raise DataError(f"{path}: no .jsonl or .txt file in this folder; name the files, or another folder")
+            found += below
+        elif path.is_file():
+            if kind_of(path) not in TEXT_SUFFIXES:
+                raise DataError(f"{path}: expected .jsonl or .txt (also .gz .bz2 .xz .zst); convert or rename it")
+            found.append(path)
+        else:
+            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+            if not matches:
+                raise DataError(f"{path}: no such file or folder; check the path")
+            found += find_files(matches)
+    return list(dict.fromkeys(found))
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """Open a file for reading, decompressed by its suffix."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        import gzip
+
+        return gzip.open(path, "rb")
+    if suffix == ".bz2":
+        import bz2
+
+        return bz2.open(path, "rb")
+    if suffix == ".xz":
+        import lzma
+
+        return lzma.open(path, "rb")
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UsageError(f"{path}: reading .zst needs a package: pip install zstandard") from None
+        return zstandard.open(path, "rb")
+    return open(path, "rb")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its line end) of each line of a UTF-8 file, a leading BOM aside.
+
+    Raises :class:`DataError` with file:line for a byte that is no UTF-8, a damaged archive or an endless line.
+    """
+    number, offset = 0, 0
+    with open_binary(path) as file:
+        while True:
+            try:
+                line = file.readline(MAX_LINE_BYTES + 1)
+            except (OSError, EOFError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut short ({error})") from None
+            except Exception as error:  # lzma and zstandard have error classes of their own
+                raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut short ({error})") from None
+            if not line:
+                return
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split it first")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at offset {offset + error.start}); "
+                    "convert the file to UTF-8 first"
+                ) from None
+            offset += len(line)
+            yield number, text.rstrip("\r\n")
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """The JSON object on a line. Raises :class:`DataError` with the reason, without file and line."""
+    try:
+        value = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise DataError("nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+def read_records(path: Path, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", record) of each line of a JSONL file; blank lines are no records."""
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", parse_object(line)
+        except DataError as error:
+            rejects.add(f"{path}:{number}", str(error))
+
+
+def read_texts(
+    files: Sequence[Path], rejects: Rejects, text_key: str = "text", text_unit: str = "line"
+) -> Iterator[tuple[str, str]]:
+    """("file:line", document) of JSONL records' ``text_key``, and of .txt files by ``text_unit``, "line" or "file"."""
+    for path in files:
+        if kind_of(path) == ".jsonl":
+            for place, record in read_records(path, rejects):
+                text = record.get(text_key)
+                if problem := _text_problem(text, text_key, record):
+                    rejects.add(place, problem)
+                else:
+                    yield place, text
+        elif text_unit == "file":
+            text = "\n".join(line for _, line in read_lines(path))
+            if text.strip():
+                yield f"{path}:1", text
+            else:
+                rejects.add(f"{path}:1", "the file is empty")
+        else:
+            yield from ((f"{path}:{number}", line) for number, line in read_lines(path) if line.strip())
+
+
+def _text_problem(text: Any, key: str, record: dict) -> str:
+    if text is None:
+        return f"no key {key!r} (found: {', '.join(record) or 'none'}); name the right one with --text_key"
+    if not isinstance(text, str):
+        return f"{key!r} is {type(text).__name__}, not text"
+    if not text.strip():
+        return f"{key!r} is empty"
+    return unencodable(text)
+
+
+def unencodable(text: str) -> str:
+    """The reason why ``text`` cannot be written as UTF-8 (half of a surrogate pair, from an escape), or ""."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds half of a character (U+{ord(text[error.start]):04X}), which cannot be stored"
+    return ""
+
+
+def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
+    """Write a JSONL file, whole or not at all; returns the number of records."""
+    count = 0
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,82 @@
+"""Which samples a step sees: a pure function of (seed, step).
+
+A global batch is a fixed list of sample numbers; processes and micro-batches only slice it. So the loader's whole state
+is the step, resuming costs nothing, and any number of processes sees the same samples in the same steps.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Samples(Protocol):
+    """What batches are made of: :class:`~etude.data.pretrain.PretrainBlocks`, :class:`~etude.data.sft.SFTRows`, …"""
+
+    block_size: int
+
+    def __len__(self) -> int: ...
+
+    def load(self, numbers: Sequence[int]) -> dict[str, np.ndarray]: ...
+
+    def describe(self, number: int) -> str: ...
+
+
+def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
+    """Where ``index`` comes to stand when 0 … ``count`` - 1 are shuffled, without making the list.
+
+    A four-round Feistel network over the smallest even number of bits that holds ``count``, walked until it lands inside
+    (cycle walking; J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It takes at most a few rounds
+    on average since the network's domain is less than four times ``count``.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for round in range(4):
+            digest = hashlib.blake2b(f"{seed},{epoch},{round},{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & low)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+class Batches:
+    """The global batches of a run: ``batch_size`` samples a step, every sample once an epoch, each epoch reshuffled."""
+
+    def __init__(self, samples: Samples, batch_size: int, seed: int):
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.samples) / self.batch_size
+
+    def numbers(self, step: int) -> list[int]:
+        """The sample numbers of step ``step`` (from 0). An epoch's end may fall inside a batch; nothing is dropped."""
+        first, count = step * self.batch_size, len(self.samples)
+        places = (divmod(place, count) for place in range(first, first + self.batch_size))
+        return [shuffled(index, count, self.seed, epoch) for epoch, index in places]
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """The whole global batch of a step, on the CPU; slice it with :func:`micro_batches`."""
+        return as_tensors(self.samples.load(self.numbers(step)))
+
+
+def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Cut a batch into pieces of ``size`` rows; the last may be smaller."""
+    rows = len(next(iter(batch.values())))
+    return [{name: tensor[at : at + size] for name, tensor in batch.items()} for at in range(0, rows, size)]
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy a batch to the device; to CUDA from pinned memory, without waiting for the copy."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,102 @@
+"""Pretraining data: documents, each followed by the document-end token, cut into blocks of equal length.
+
+The stream is cut as it comes, so nothing is lost but padding in the last block: block i reads tokens [iT, (i+1)T) and
+predicts the tokens one further.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from etude.corpus.jsonl import Rejects, find_files, read_texts
+from etude.data import tokens
+from etude.data.tokens import StoreWriter, TokenStore
+from etude.losses import IGNORED
+from etude.runlog import progress_bar
+from etude.tokenizer import Tokenizer
+
+
+class PretrainBlocks:
+    """A token store seen as blocks of ``block_size`` tokens."""
+
+    def __init__(self, store: TokenStore, block_size: int, pad_id: int, separate_documents: bool = False):
+        self.store, self.block_size, self.pad_id = store, block_size, pad_id
+        self.separate_documents = separate_documents
+
+    def __len__(self) -> int:
+        return max(0, -(-(len(self.store) - 1) // self.block_size))
+
+    def load(self, blocks: Sequence[int]) -> dict[str, np.ndarray]:
+        """``ids`` and ``labels``, (blocks, block_size) int64; with ``separate_documents`` also ``positions`` and
+        ``documents``, so that attention stops where a document ends.
+        """
+        T = self.block_size
+        batch = {
+            "ids": np.full((len(blocks), T), self.pad_id, dtype=np.int64),
+            "labels": np.full((len(blocks), T), IGNORED, dtype=np.int64),
+        }
+        for row, block in enumerate(blocks):
+            window = self.store.ids(block * T, min((block + 1) * T + 1, len(self.store)))
+            batch["ids"][row, : len(window) - 1] = window[:-1]
+            batch["labels"][row, : len(window) - 1] = window[1:]
+        if self.separate_documents:
+            batch["documents"], batch["positions"] = self._boundaries(blocks)
+        return batch
+
+    def _boundaries(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        T = self.block_size
+        documents = np.zeros((len(blocks), T), dtype=np.int64)
+        for row, block in enumerate(blocks):
+            first, last = self.store.document_at(block * T), self.store.document_at((block + 1) * T - 1)
+            inner = np.asarray(self.store.starts[first + 1 : last + 1]) - block * T
+            documents[row, inner[inner < T]] = 1  # a document begins here
+        documents = documents.cumsum(axis=1)
+        index = np.arange(T)
+        begins = np.diff(documents, axis=1, prepend=-1) > 0
+        return documents, index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+
+    def describe(self, block: int) -> str:
+        """Which documents a block is made of, for error messages."""
+        first = self.store.document_at(block * self.block_size)
+        last = self.store.document_at(min((block + 1) * self.block_size, len(self.store) - 1))
+        return f"block {block} (documents {first}–{last})"
+
+
+def prepare_pretrain(
+    data: Sequence[str],
+    tokenizer: Tokenizer,
+    cache: str | Path,
+    val_data: Sequence[str] = (),
+    val_fraction: float = 0.01,
+    seed: int = 0,
+    text_key: str = "text",
+    text_unit: str = "line",
+    max_bad: int = 0,
+) -> tuple[TokenStore, TokenStore]:
+    """Tokenise ``data`` (or find it tokenised) into a training and a validation store."""
+    files, val_files = find_files(data), find_files(val_data)
+    fraction = 0.0 if val_files else val_fraction
+    options = {"kind": "pretrain", "fraction": fraction, "seed": seed, "text_key": text_key, "text_unit": text_unit}
+    options |= {"train_files": len(files), "max_bad": max_bad}
+
+    def build(folder: Path) -> None:
+        train, val = (StoreWriter(folder / part, len(tokenizer), masked=False) for part in ("train", "val"))
+        rejects = Rejects(max_bad)
+        for sources, is_validation in ((files, False), (val_files, True)):
+            size = sum(file.stat().st_size for file in sources)
+            with progress_bar("tokenising" if not is_validation else "tokenising validation data", size, "B") as bar:
+                for batch in tokens.text_batches(read_texts(sources, rejects, text_key, text_unit)):
+                    for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                        to_val = is_validation or (fraction > 0 and tokens.goes_to_validation(text, fraction, seed))
+                        size = len(text.encode("utf-8"))
+                        (val if to_val else train).add([*ids, tokenizer.document_end_id], size)
+                        bar.update(size)
+        train.close(rejected=rejects.reasons)
+        val.close()
+
+    folder, reused = tokens.prepared(cache, [*files, *val_files], tokenizer.json, options, build)
+    train, val = TokenStore(folder / "train"), TokenStore(folder / "val")
+    tokens.require_documents(train, files, "text")
+    tokens.report(train, val, reused, "documents")
+    return train, val

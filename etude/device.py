@@ -1,0 +1,85 @@
+"""What this machine can do: its device, the precision its hardware multiplies natively, and determinism."""
+
+import contextlib
+
+import torch
+
+from etude.errors import UsageError
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called ``name``; "auto" is CUDA, else MPS, else the CPU. Raises :class:`UsageError` if it is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device ({name}) must be auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device ({name}): this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device (mps): this machine has no Metal device; use --device cpu")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """ "auto": bf16 where the hardware multiplies it, fp16 on older CUDA devices, fp32 elsewhere (MPS included).
+
+    Software bf16 is slower than fp32, so being able to run it is not enough.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+    if name not in PRECISIONS:
+        raise UsageError(f"precision ({name}) must be auto, {', '.join(PRECISIONS)}")
+    if name == "fp16" and device.type != "cuda":
+        raise UsageError("precision (fp16) needs a CUDA device: its loss scaling is made for one; use bf16 or fp32")
+    return name
+
+
+def _cpu_multiplies_bf16() -> bool:
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if features:
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("amx_tile"))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch 2.10 has no public question
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Matrix products in ``precision``; weights, norms, softmax and the residual stream stay in fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Refuse operations whose result depends on timing (on CUDA; a CPU's results are reproducible anyway)."""
+    if enabled:
+        import os
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for the run header."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+# Dense bf16 peak in FLOP/s by the name CUDA reports (vendors' data sheets), for model FLOPs utilisation (MFU).
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "A10G": 70e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it isn't known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

@@ -1,0 +1,109 @@
+"""How good a model is: loss, perplexity, bits per byte; exact match on questions with known answers."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etude.data.batches import Samples, as_tensors, to_device
+from etude.device import autocast
+from etude.losses import Loss, causal_lm_loss
+from etude.model.transformer import Etude
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Sums over a data set; every mean is taken once, at the end, so none depends on how batches were cut."""
+
+    nats: float
+    tokens: int  # supervised tokens
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Bits needed per UTF-8 byte of the text: comparable between tokenizers."""
+        return self.nats / math.log(2) / text_bytes if text_bytes else math.nan
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: Etude,
+    samples: Samples,
+    device: torch.device,
+    precision: str = "fp32",
+    loss: Callable[[Etude, dict[str, Tensor]], Loss] = causal_lm_loss,
+    batch_size: int = 8,
+    max_tokens: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> LossResult:
+    """The loss over ``samples``; with ``max_tokens`` over evenly spaced ones that hold about so many places."""
+    count = len(samples)
+    if max_tokens:
+        count = min(count, max(1, max_tokens // samples.block_size))
+    numbers = [index * len(samples) // count for index in range(count)]
+    nats = torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, count, batch_size):
+            if should_stop():
+                break
+            batch = to_device(as_tensors(samples.load(numbers[start : start + batch_size])), device)
+            with autocast(device, precision):
+                result = loss(model, batch)
+            nats += result.sum.double().cpu()
+            tokens += int(result.weight)
+    finally:
+        model.train(was_training)
+    return LossResult(nats.item(), tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question put to a model."""
+
+    skill: str
+    question: str
+    expected: str
+    given: str
+    ended: bool  # the reply closed with its end token, rather than by running out of room
+
+    @property
+    def correct(self) -> bool:
+        return self.given.strip() == self.expected.strip()
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """The share of replies that are the expected ones, in all and by skill."""
+
+    answers: Sequence[Answer]
+
+    @property
+    def overall(self) -> float:
+        return _share(answer.correct for answer in self.answers)
+
+    @property
+    def ended(self) -> float:
+        """The share of replies that ended properly."""
+        return _share(answer.ended for answer in self.answers)
+
+    @property
+    def by_skill(self) -> dict[str, float]:
+        skills = dict.fromkeys(answer.skill for answer in self.answers)
+        return {skill: _share(answer.correct for answer in self.answers if answer.skill == skill) for skill in skills}
+
+
+def _share(flags) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags) if flags else math.nan

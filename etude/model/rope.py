@@ -1,0 +1,87 @@
+"""Rotary position embeddings: each pair of channels of a query or key turns by an angle that grows with position.
+
+Half-split layout, as Hugging Face has it: channel i turns together with channel i + d/2. (The original paper, RoFormer,
+https://arxiv.org/abs/2104.09864, pairs neighbours; the two differ by a permutation of the projections' rows.)
+There is no table to lose: angles are a function of the config, made anew in each forward pass, so a model may be built
+on the meta device, moved or loaded in any order.
+
+Shapes: B batch, T tokens, d channels of a head.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from etude.model.config import EtudeConfig
+
+
+def rotary_angles(config: EtudeConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (B or 1, T, d) in fp32, for ``positions`` (B or 1, T)."""
+    frequencies, scale = inverse_frequencies(config, positions.device)
+    angles = positions[..., None].float() * frequencies  # (B, T, d/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x`` (B, heads, T, d) by angles whose ``cos`` and ``sin`` are (B or 1, 1, T, d) in fp32.
+
+    The product is taken in fp32 and rounded once: angles in bf16 would blur the distance between far tokens.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def inverse_frequencies(config: EtudeConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Radians per position of each channel pair, (d/2,) in fp32, and the factor YaRN multiplies cos and sin by.
+
+    ``rope_scaling`` stretches a trained context: ``linear`` divides every frequency; ``llama3`` divides the slow ones
+    and blends the middle (Llama 3.1); ``yarn`` does so by rotations per context and sharpens attention
+    (https://arxiv.org/abs/2309.00071). Computed in the order of Hugging Face's ``modeling_rope_utils``, so that both
+    round alike.
+    """
+    d = config.head_dim
+    powers = config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
+    plain = 1.0 / powers
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain, 1.0
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return plain / factor, 1.0
+    context = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / plain
+        blend = ((context / wavelength - low) / (high - low)).clamp(0, 1)  # 0: slow, divided; 1: fast, kept
+        return (1 - blend) * plain / factor + blend * plain, 1.0
+    return _yarn(config, powers)
+
+
+def _yarn(config: EtudeConfig, powers: Tensor) -> tuple[Tensor, float]:
+    scaling, d = config.rope_scaling, config.head_dim
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def channel_that_turns(times: float) -> float:
+        """The channel pair that makes ``times`` full turns over the original context."""
+        return d * math.log(context / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = channel_that_turns(scaling.get("beta_fast") or 32)
+    high = channel_that_turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = (torch.arange(d // 2, dtype=torch.float32, device=powers.device) - low) / max(high - low, 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    frequencies = (1 / (factor * powers)) * (1 - kept) + (1 / powers) * kept
+
+    def sharpening(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        numerator, denominator = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        both = numerator and denominator
+        attention_factor = sharpening(numerator) / sharpening(denominator) if both else sharpening(1.0)
+    return frequencies, attention_factor

@@ -1,0 +1,118 @@
+"""The model: a Llama, written to be read.
+
+Shapes: B batch, T tokens, D hidden_size, V vocab_size, S tokens in the cache and now together.
+Its submodules bear Hugging Face's names, so a weight has one name in the model, in the file and in the export.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etude.model.attention import Attention, Context, KVCache
+from etude.model.config import EtudeConfig
+from etude.model.ffn import SwiGLU
+from etude.model.rope import rotary_angles
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: EtudeConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, D) → (B, T, D)"""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Etude(nn.Module):
+    """A decoder-only transformer: token ids in, hidden states or logits out.
+
+    ``hidden`` and ``logits`` are separate, so that a loss may compute logits only where it needs them, or fuse the
+    head. The head's weight is ``head_weight``: the embedding's own when ``tie_word_embeddings``.
+    """
+
+    def __init__(self, config: EtudeConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal weights; those that write to the residual stream are smaller by sqrt(2 · layers), as in GPT-2, so that
+        its variance does not grow with depth. Norms are 1.
+        """
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.ones_(parameter)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) to normalised hidden states (B, T, D).
+
+        ``documents`` (B, T) numbers the document each token belongs to; attention then stops at its boundaries, and
+        ``positions`` (B, T) should restart there. With a ``cache`` the tokens follow those it holds, and it grows.
+        """
+        T, device = ids.shape[1], ids.device
+        mask = None
+        if cache is not None:
+            positions, mask = cache.positions(T, device), cache.mask(T, device)
+        elif documents is not None:
+            mask = document_mask(documents)
+        if positions is None:
+            positions = torch.arange(T, device=device)[None]
+        x = self.dropout(self.embed_tokens(ids))  # (B, T, D)
+        cos, sin = rotary_angles(self.config, positions)  # (B or 1, T, d)
+        context = Context(cos[:, None], sin[:, None], mask, causal=mask is None and T > 1, cache=cache)
+        for layer in self.layers:
+            x = layer(x, context)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V)."""
+        return F.linear(hidden, self.head_weight)
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V); arguments as for :meth:`hidden`."""
+        return self.logits(self.hidden(ids, positions, documents, cache))
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """(B, T) document numbers → (B, 1, T, T), True where a token may look: backwards, within its document."""
+    T = documents.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]

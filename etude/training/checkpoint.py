@@ -1,0 +1,215 @@
+"""Checkpoints that are whole or absent, and proved so before they are loaded.
+
+``checkpoints/step-00001000/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``rng.safetensors``, ``state.json``
+and, written last, ``manifest.json`` with the SHA-256 of the others. It is made in a temporary folder, synced and renamed.
+Nothing in it can execute code when it is loaded: safetensors and JSON only.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etude.errors import DataError, EtudeError, MismatchError
+from etude.files import whole_folder
+from etude.weights import from_disk_name, read_safetensors, to_disk_name
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on. Tensors are on the CPU, in the dtype they were trained in."""
+
+    path: Path
+    state: dict[str, Any]  # "step" and whatever the trainer keeps: JSON values only
+    model: dict[str, Tensor]  # parameter name → weight
+    optimizer: dict[str, Tensor]  # "<optimizer>/<key>/<parameter name>" → state
+    rng: dict[str, Tensor]  # "cpu", "cuda.0", … → generator state, uint8
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def save(
+    run: str | Path, state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int
+) -> Path:
+    """Write the checkpoint of ``state["step"]``, then delete all but the newest ``keep``."""
+    from safetensors.torch import save_file
+
+    target = Path(run) / "checkpoints" / f"step-{state['step']:08d}"
+    weights = {to_disk_name(name): _on_cpu(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with whole_folder(target) as folder:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(_optimizer_tensors(model, optimizers), folder / "optimizer.safetensors")
+        save_file(_rng_tensors(), folder / "rng.safetensors")
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **state}, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+        manifest = {name: sha256(folder / name) for name in FILES}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    prune(run, keep)
+    return target
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Load one checkpoint. Raises :class:`DataError` naming the file that is missing, altered or cut short."""
+    path = Path(path)
+    verify(path)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise MismatchError(
+            f"{path}/state.json: schema_version {state.get('schema_version')} → {SCHEMA_VERSION}; "
+            "the checkpoint was written by another version of Etude"
+        )
+    tensors = {name: read_safetensors(path / f"{name}.safetensors") for name in ("model", "optimizer", "rng")}
+    model = {from_disk_name(name): tensor for name, tensor in tensors["model"].items()}
+    return Checkpoint(path, state, model, tensors["optimizer"], tensors["rng"])
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest's SHA-256. Raises :class:`DataError` naming the first that differs."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: manifest[name] for name in FILES}
+    except FileNotFoundError:
+        raise DataError(f"{path / MANIFEST}: missing, so the checkpoint is not complete") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path / MANIFEST}: damaged") from None
+    for name, digest in expected.items():
+        if not (path / name).is_file():
+            raise DataError(f"{path / name}: missing")
+        found = sha256(path / name)
+        if found != digest:
+            raise DataError(f"{path / name}: damaged (SHA-256 is {found[:12]}…, the manifest says {str(digest)[:12]}…)")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def found_in(run: str | Path) -> list[Path]:
+    """A run's checkpoints, newest first. Temporary folders and other names are none."""
+    folder = Path(run) / "checkpoints"
+    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    numbered = [(int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def newest_good(run: str | Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, with a warning for each newer one that isn't; None for a run without any.
+
+    Raises :class:`MismatchError` when there are checkpoints but all are bad: never a silent fresh start.
+    """
+    reasons = []
+    for path in found_in(run):
+        try:
+            checkpoint = load(path)
+        except EtudeError as error:
+            reasons.append(str(error))
+            print(f"warning: {error}; trying the one before it", file=sys.stderr, flush=True)
+            continue
+        return checkpoint
+    if reasons:
+        raise MismatchError(f"no usable checkpoint in {run}: {'; '.join(reasons)}. Start over with --resume never")
+    return None
+
+
+def prune(run: str | Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints, and what an interrupted save left behind."""
+    for path in found_in(run)[keep:]:
+        # Out of the way by one rename first: a half-deleted folder must never bear a checkpoint's name.
+        doomed = path.with_name(f".{path.name}.deleted.tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    for path in (Path(run) / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(run: str | Path) -> Path | None:
+    """Rename a run's checkpoints folder, for a run that starts over; returns its new name."""
+    folder = Path(run) / "checkpoints"
+    if not found_in(run):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"checkpoints-before-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put a checkpoint's tensors into a model, its optimizers and the random generators, exactly."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if parameters.keys() != checkpoint.model.keys():
+        wrong = sorted(parameters.keys() ^ checkpoint.model.keys())
+        raise MismatchError(f"{checkpoint.path}: {len(wrong)} weights do not fit the model, the first: {wrong[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            saved = checkpoint.model[name]
+            if saved.shape != parameter.shape or saved.dtype != parameter.dtype:
+                raise MismatchError(
+                    f"{checkpoint.path}: {name} is {tuple(saved.shape)} {saved.dtype}, "
+                    f"the model's is {tuple(parameter.shape)} {parameter.dtype}"
+                )
+            parameter.copy_(saved)
+    _restore_optimizers(checkpoint, model, optimizers)
+    for name, tensor in checkpoint.rng.items():
+        device, _, index = name.partition(".")
+        if device == "cpu":
+            torch.set_rng_state(tensor)
+        elif torch.cuda.is_available() and int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(tensor, int(index))
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{type(optimizer).__name__.lower()}/{key}/{names[parameter]}": _on_cpu(tensor)
+        for optimizer in optimizers
+        for parameter, values in optimizer.state.items()
+        for key, tensor in values.items()
+    }
+
+
+def _restore_optimizers(checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    saved: dict[tuple[str, str], dict[str, Tensor]] = {}  # (optimizer, parameter name) → its state
+    for full, tensor in checkpoint.optimizer.items():
+        kind, key, name = full.split("/", 2)
+        saved.setdefault((kind, name), {})[key] = tensor
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__.lower()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states = {index: saved.pop((kind, names[p]), None) for index, p in enumerate(parameters)}
+        missing = [names[parameters[index]] for index, state in states.items() if state is None]
+        if missing and checkpoint.step > 0:
+            raise MismatchError(f"{checkpoint.path}: the {kind} state of {len(missing)} weights is missing, the first: {missing[0]}")
+        # load_state_dict knows where each optimizer wants its step counters.
+        present = {index: state for index, state in states.items() if state is not None}
+        optimizer.load_state_dict({"state": present, "param_groups": optimizer.state_dict()["param_groups"]})
+    if saved:
+        kind, name = sorted(saved)[0]
+        raise MismatchError(f"{checkpoint.path}: {kind} state that fits no weight here, the first: {name}")
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().cpu()

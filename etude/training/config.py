@@ -1,0 +1,172 @@
+"""The numbers a person edits, with their defaults and what they mean. Importing this costs nothing (no torch)."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from etude import paths
+from etude.cli import option
+from etude.errors import UsageError
+from etude.model.config import PRESETS
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What train_tokenizer.py reads."""
+
+    data: tuple[str, ...] = option(
+        lambda: (paths.training_data("pretrain/pretrain_hq.jsonl"),), "text to learn from: .jsonl or .txt files, folders, globs"
+    )
+    output: str = option(lambda: paths.weight("tokenizer"), "folder to write the tokenizer to")
+    vocab_size: int = option(16_384, "tokens in the vocabulary, special ones included")
+    max_bytes: int = option(512 * 2**20, "read a seeded sample of about this many bytes of text (0: all of it)")
+    default_system: str = option("", "system turn for conversations that have none of their own (empty: none)")
+    text_key: str = option("text", "key of the text in .jsonl records")
+    text_unit: Literal["line", "file"] = option("line", "what one document is in .txt files")
+    seed: int = option(0, "seed of the sample")
+    max_bad: int = option(0, "bad records to skip and list before giving up")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "max_bytes", "max_bad")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What every training stage has in common."""
+
+    data: tuple[str, ...] = ()
+    output: str = ""
+    val_data: tuple[str, ...] = option((), "validation data (default: hold out val_fraction of data)")
+    val_fraction: float = option(0.01, "share of the documents held out for validation, where there is no val_data")
+    token_cache: str = option(lambda: paths.training_data("tokenized"), "folder that keeps data once tokenised")
+    max_bad: int = option(0, "bad records to skip and list before giving up")
+
+    resume: str = option("auto", "auto: go on from output's newest checkpoint, if any; never: start over; or a checkpoint folder")
+    allow_mismatch: str = option("", "settings that may differ from the checkpoint's on resume, separated by commas")
+
+    block_size: int = option(512, "tokens of a training sequence")
+    batch_size: int = option(16, "sequences per optimizer step, over all processes")
+    micro_batch_size: int | None = option(None, "sequences per forward pass (default: what 32,768 tokens hold); same result, less memory")
+    epochs: float = option(3.0, "passes over the data")
+    max_steps: int | None = option(None, "optimizer steps; takes the place of epochs")
+
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: Muon for the layers' matrices, AdamW for the rest")
+    learning_rate: float = option(3e-4, "peak learning rate (Muon's updates are scaled to suit the same number)")
+    schedule: Literal["linear", "cosine", "wsd"] = option("cosine", "after warm-up; wsd: stay at the peak, then fall to the end")
+    warmup_fraction: float = option(0.02, "share of the steps over which the learning rate rises to its peak")
+    decay_fraction: float = option(0.4, "share of the steps over which it falls, for wsd")
+    final_lr_fraction: float = option(0.1, "learning rate at the last step, as a share of the peak")
+    weight_decay: float = option(0.1, "decoupled weight decay, on matrices of the layers and an untied head only")
+    beta1: float = option(0.9, "AdamW's decay of the gradient's mean")
+    beta2: float = option(0.95, "AdamW's decay of the gradient's square")
+    epsilon: float = option(1e-8, "AdamW's epsilon")
+    momentum: float = option(0.95, "Muon's momentum")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm (0: never)")
+    dropout: float | None = option(None, "share of activations dropped in training (default: the model's own)")
+
+    seed: int = option(0, "seed of initial weights, data order, validation split and dropout")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "of matrix products; weights are fp32. auto: what the hardware multiplies")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on for CUDA only")
+    deterministic: bool = option(False, "refuse GPU operations whose result depends on timing")
+    threads: int = option(0, "CPU threads (0: torch's choice)")
+
+    log_every: int = option(10, "steps between records in metrics.jsonl")
+    eval_every: int | None = option(None, "steps between validations (default: a tenth of the run; 0: only at the end)")
+    max_eval_tokens: int = option(131_072, "tokens of the validation data to use each time (0: all)")
+    save_every: int | None = option(None, "steps between checkpoints (default: a tenth of the run)")
+    keep_checkpoints: int = option(2, "newest checkpoints to keep")
+    sample_every: int | None = option(None, "steps between printed samples (default: a fifth of the run; 0: never)")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "where to send metrics besides metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "block_size", "batch_size", "log_every", "keep_checkpoints")
+        _at_least(self, 0, "max_bad", "seed", "threads", "max_eval_tokens", "learning_rate", "weight_decay", "max_grad_norm")
+        _at_least(self, 1, "micro_batch_size", "max_steps", "save_every")
+        _at_least(self, 0, "eval_every", "sample_every")
+        for name in ("val_fraction", "warmup_fraction", "decay_fraction", "final_lr_fraction", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"{name} ({value}) must be between 0 and 1")
+        if self.epochs <= 0:
+            raise UsageError(f"epochs ({self.epochs}) must be greater than 0")
+
+
+# On resume these may differ: they do not change what is computed, or only when it stops.
+FREE_ON_RESUME = {
+    "data", "val_data", "output", "token_cache", "tokenizer", "init_from",  # told apart by content, not by place
+    "resume", "allow_mismatch", "micro_batch_size", "epochs", "max_steps", "device", "compile", "deterministic", "threads",
+    "log_every", "eval_every", "max_eval_tokens", "save_every", "keep_checkpoints", "sample_every", "tracker", "max_bad",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """What train_pretrain.py reads. The model's shape is set here and nowhere else."""
+
+    data: tuple[str, ...] = option(
+        lambda: (paths.training_data("pretrain/pretrain_hq.jsonl"),), "text to learn from: .jsonl or .txt files, folders, globs"
+    )
+    output: str = option(lambda: paths.weight("etude_pretrained_model"), "folder of the run and its model")
+    tokenizer: str = option(lambda: paths.weight("tokenizer"), "tokenizer folder")
+    init_from: str = option("", "start from the weights in this model folder (Etude's or a Llama); its shape is kept")
+    text_key: str = option("text", "key of the text in .jsonl records")
+    text_unit: Literal["line", "file"] = option("line", "what one document is in .txt files")
+    separate_documents: bool = option(False, "stop attention at document boundaries inside a block")
+    sample_prompt: str = option("", "what printed samples begin with (default: the beginning of a validation document)")
+
+    preset: Literal["auto", "nano", "small", "base", "medium"] = option("auto", "named shape; auto: small on an accelerator, nano on a CPU")
+    hidden_size: int | None = option(None, "channels of the residual stream (default: the preset's)")
+    num_hidden_layers: int | None = option(None, "layers (default: the preset's)")
+    num_attention_heads: int | None = option(None, "query heads (default: the preset's)")
+    num_key_value_heads: int | None = option(None, "key and value heads (default: as many as query heads)")
+    head_dim: int | None = option(None, "channels of a head (default: hidden_size / num_attention_heads)")
+    intermediate_size: int | None = option(None, "channels inside the feed-forward layer (default: the preset's, or 8/3 of hidden_size)")
+    max_position_embeddings: int | None = option(None, "longest context in tokens (default: block_size)")
+    rms_norm_eps: float = option(1e-5, "epsilon of RMSNorm")
+    rope_theta: float = option(10_000.0, "base of the rotary embedding's wavelengths")
+    rope_scaling: dict | None = option(None, 'context extension, as JSON: {"rope_type": "llama3" | "linear" | "yarn", "factor": …}')
+    tie_word_embeddings: bool = option(True, "share the embedding with the output head")
+    qk_norm: bool = option(False, "normalise queries and keys; the export is then a Qwen3")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+
+    def model_shape(self, on_accelerator: bool) -> dict:
+        """EtudeConfig's fields but for those that the tokenizer decides."""
+        name = ("small" if on_accelerator else "nano") if self.preset == "auto" else self.preset
+        shape = dict(PRESETS[name])
+        if self.hidden_size is not None and self.intermediate_size is None:
+            shape.pop("intermediate_size")  # the preset's would not fit another width
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for key in SHAPE_FIELDS:
+            if given[key] is not None:
+                shape[key] = given[key]
+        shape.setdefault("max_position_embeddings", self.block_size)
+        return shape
+
+
+SHAPE_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "qk_norm",
+    "initializer_range",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """What train_sft.py reads. The model's shape comes from the model it starts from."""
+
+    data: tuple[str, ...] = option(
+        lambda: (paths.training_data("sft/sft_mini_512.jsonl"),), "conversations: .jsonl files, folders, globs"
+    )
+    output: str = option(lambda: paths.weight("etude_sft_model"), "folder of the run and its model")
+    init_from: str = option(lambda: paths.weight("etude_pretrained_model"), "model folder to start from (Etude's or a Llama)")
+    batch_size: int = option(8, "packed rows per optimizer step, over all processes")
+    learning_rate: float = option(3e-5, "peak learning rate (Muon's updates are scaled to suit the same number)")
+    sample_prompt: str = option("", "question that printed samples answer (default: one of the validation data)")
+
+
+def _at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None and not value >= least:
+            raise UsageError(f"{name} ({value}) must be at least {least}")

@@ -1,0 +1,322 @@
+"""The one training loop: model, batches and loss in, a trained model folder out.
+
+Pretraining and SFT differ in those three, not in the loop. Everything a step does is a function of its number and of the
+state that checkpoints hold, so a run that was stopped, at any moment and in any way, ends where it would have ended.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etude import cli, paths
+from etude.data.batches import Batches, Samples, micro_batches, to_device
+from etude.device import autocast, describe, peak_flops, pick_device, pick_precision, set_deterministic
+from etude.errors import Interrupted, MismatchError, UsageError, VerificationError
+from etude.evaluation import LossResult, evaluate_loss
+from etude.losses import Loss
+from etude.model.transformer import Etude
+from etude.runlog import RunLog, duration
+from etude.tokenizer import Tokenizer
+from etude.training import checkpoint
+from etude.training.config import FREE_ON_RESUME, TrainingConfig
+from etude.training.optim import lr_at, make_optimizers, set_lr
+from etude.training.signals import StopSignals
+from etude.weights import save_model
+
+AUTO_MICRO_BATCH_TOKENS = 32_768  # enough to keep a large GPU busy; logits of this many tokens still fit a small one
+
+
+class Trainer:
+    """Trains ``model`` on ``batches`` by ``loss``, into the folder ``config.output``.
+
+    ``val`` are the validation samples, or None. ``sample(model)`` returns a text to show now and then. ``fingerprints`` tell
+    what must not change on resume beside the config: the data's and the tokenizer's SHA-256, say.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: Etude,
+        tokenizer: Tokenizer,
+        batches: Batches,
+        loss: Callable[[Etude, dict[str, Tensor]], Loss],
+        val: Samples | None = None,
+        sample: Callable[[Etude], str] | None = None,
+        fingerprints: dict[str, Any] | None = None,
+    ):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("several processes (torchrun) cannot train one model yet; start a single process")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        set_deterministic(config.deterministic)
+        self.config, self.tokenizer, self.batches = config, tokenizer, batches
+        self.val = val if val is not None and len(val) else None
+        self.sample = sample
+        self.device = pick_device(config.device)
+        self.precision = pick_precision(config.precision, self.device)
+        self.model = model.to(self.device)
+        self.loss = loss
+        compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile == "on"
+        self.step_loss = torch.compile(loss, dynamic=False) if compiled else loss
+        self.optimizers = make_optimizers(self.model, config, self.device)
+        self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
+
+        self.steps = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
+        self.step = 0  # optimizer steps done
+        self.best_val_loss = math.inf
+        self.tokens_seen = 0
+        self.seconds = 0.0  # spent in steps, over all sessions of the run
+        self.identity = self._identity(fingerprints or {})
+        self.log: RunLog
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the last step and save the model. Raises :class:`Interrupted` after SIGINT or SIGTERM, with all saved."""
+        resumed = self._resume()
+        self.log = RunLog(self.config.output, self.config.tracker, cli.as_dict(self.config))
+        self.log.resume_from(self.step)
+        cli.save(self.config, f"{self.config.output}/run.yaml")
+        self._print_header(resumed)
+        with StopSignals() as stop, ThreadPoolExecutor(1, "batches") as loader:
+            if self.step < self.steps:
+                self._loop(loader, stop)
+        self._finish()
+
+    def _loop(self, loader: ThreadPoolExecutor, stop: StopSignals) -> None:
+        every = self._intervals()
+        self.model.train()
+        upcoming = loader.submit(self.batches.at, self.step)
+        clock, window = time.perf_counter(), []  # (seconds, tokens) of steps since the last record
+        while self.step < self.steps:
+            batch = upcoming.result()
+            if self.step + 1 < self.steps:
+                upcoming = loader.submit(self.batches.at, self.step + 1)
+            metrics = self._optimizer_step(batch)
+            self.step += 1
+            self.tokens_seen += batch["ids"].numel()
+            last = self.step == self.steps
+
+            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+            self.seconds += elapsed
+            window.append((elapsed, batch["ids"].numel()))
+            if self.step % self.config.log_every == 0 or last:
+                self._record(metrics, window)
+                window.clear()
+            if _due(self.step, every["eval"], last) and not stop.received:
+                self._validate(stop)
+            if _due(self.step, every["sample"], last) and self.sample and not stop.received:
+                self.log.line(f"sample    {self.sample(self.model)}")
+            if _due(self.step, every["save"], last) or stop.received:
+                self._save()
+            if stop.received and not last:
+                self.log.close()
+                raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; the same command goes on from here")
+            clock = time.perf_counter()  # what validating, sampling and saving took is no part of a step
+
+    def _optimizer_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """One update from a global batch. Its gradient is that of the mean over the batch's supervised tokens, however the
+        batch is cut into micro-batches.
+        """
+        lr = lr_at(self.step, self.steps, self.config)
+        set_lr(self.optimizers, lr)
+        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        weight = torch.zeros((), device=self.device)
+        # Sums over thousands of tokens would overflow fp16 on the way back; a constant keeps them near 1.
+        scale = 1.0 / batch["ids"].numel()
+        for number, micro_batch in enumerate(micro_batches(batch, self._micro_batch_size())):
+            # Dropout is a function of (seed, step, micro-batch), so that a resumed step drops the same channels.
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 1_009 + number) % 2**63)
+            with autocast(self.device, self.precision):
+                result = self.step_loss(self.model, to_device(micro_batch, self.device))
+            scaled = result.sum * scale
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+            loss_sum += result.sum.detach()
+            weight += result.weight
+        if self.scaler:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        factor = 1 / (scale * weight)  # what the summed gradient still needs to become the mean's
+        norm = torch.nn.utils.get_total_norm(gradients) * factor
+        if self.config.max_grad_norm:
+            factor = factor * (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)
+        self._require_finite(loss_sum, norm, weight)
+        for optimizer in self.optimizers:
+            if self.scaler:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.scaler:
+            self.scaler.update()
+        return {"loss": (loss_sum / weight).item(), "grad_norm": norm.item(), "lr": lr, "supervised_tokens": int(weight.item())}
+
+    def _require_finite(self, loss_sum: Tensor, norm: Tensor, weight: Tensor) -> None:
+        """Stop before a bad number reaches the weights. (fp16 overflows now and then; its scaler skips such steps.)"""
+        checked = loss_sum if self.scaler else loss_sum + norm
+        if torch.isfinite(checked) and weight > 0:
+            return
+        samples = [self.batches.samples.describe(number) for number in self.batches.numbers(self.step)]
+        what = "no supervised token" if weight == 0 else f"loss {(loss_sum / weight).item():.4g}, gradient norm {norm.item():.4g}"
+        raise VerificationError(
+            f"step {self.step + 1}: {what}; nothing was updated, and the last checkpoint is good. "
+            f"Try a lower --learning_rate, or look at the step's samples: {', '.join(samples)}"
+        )
+
+    # -- validating, recording, saving ----------------------------------------------------------------------------------
+
+    def _validate(self, stop: StopSignals) -> None:
+        if self.val is None:
+            return
+        result = evaluate_loss(
+            self.model, self.val, self.device, self.precision, self.loss,
+            batch_size=min(self._micro_batch_size(), max(1, 8_192 // self.val.block_size)),
+            max_tokens=self.config.max_eval_tokens, should_stop=lambda: stop.received,
+        )  # fmt: skip
+        if stop.received:
+            return  # the result is of a part only; it is made again after resuming
+        values = {"val_loss": result.loss, "val_perplexity": result.perplexity}
+        bits = self._bits_per_byte(result)
+        if bits is not None:
+            values["val_bits_per_byte"] = bits
+        self.log.metrics(self.step, **values)
+        better = result.loss < self.best_val_loss
+        if better:
+            self.best_val_loss = result.loss
+            self._save_model(f"{self.config.output}/best")
+        described = f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}"
+        described += f"  bits/byte {bits:.4f}" if bits is not None else ""
+        self.log.line(f"validate  step {self.step}: {described}{'  (best so far)' if better else ''}")
+
+    def _bits_per_byte(self, result: LossResult) -> float | None:
+        """Where all tokens are supervised: the loss in bits, at the validation data's tokens per byte."""
+        store = getattr(self.val, "store", None)
+        if store is None or store.info["masked"]:
+            return None
+        return result.loss / math.log(2) * len(store) / max(1, store.text_bytes)
+
+    def _record(self, metrics: dict[str, float], window: list[tuple[float, int]]) -> None:
+        seconds, tokens = (sum(values) for values in zip(*window, strict=True))
+        rate = tokens / seconds
+        left = (self.steps - self.step) * seconds / len(window)
+        values = {**metrics, "tokens_per_second": rate, "tokens": self.tokens_seen, "seconds": self.seconds}
+        text = (
+            f"step {self.step:>{len(str(self.steps))}}/{self.steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+            f"grad {metrics['grad_norm']:.2f}  {rate:,.0f} tok/s"
+        )
+        if self.device.type == "cuda":
+            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            text += f"  {values['peak_memory_bytes'] / 2**30:.1f} GiB"
+            if peak := peak_flops(self.device):
+                values["mfu"] = rate * self.model.config.training_flops_per_token(self.batches.samples.block_size) / peak
+                text += f"  MFU {values['mfu']:.1%}"
+        self.log.metrics(self.step, **values)
+        self.log.progress(f"{text}  {duration(left)} left", last=self.step == self.steps)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "steps": self.steps,
+            "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+            "tokens_seen": self.tokens_seen,
+            "seconds": self.seconds,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "identity": self.identity,
+        }
+        checkpoint.save(self.config.output, state, self.model, self.optimizers, self.config.keep_checkpoints)
+
+    def _save_model(self, folder: str) -> None:
+        save_model(self.model, folder)
+        self.tokenizer.save(folder, max_length=self.model.config.max_position_embeddings)
+
+    def _finish(self) -> None:
+        self._save_model(self.config.output)
+        self.log.draw(f"{os.path.basename(self.config.output)}: {self.steps} steps")
+        self.log.close()
+        best = f"; best validation loss {self.best_val_loss:.4f} in best/" if math.isfinite(self.best_val_loss) else ""
+        self.log.line(f"complete  {self.steps} steps in {duration(self.seconds)}{best}\nmodel     {paths.typed(self.config.output)}")
+
+    # -- resuming ---------------------------------------------------------------------------------------------------------
+
+    def _identity(self, fingerprints: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint must agree with before this run goes on from it."""
+        settings = {name: value for name, value in cli.as_dict(self.config).items() if name not in FREE_ON_RESUME}
+        shape = {f"model.{name}": value for name, value in self.model.config.to_dict().items()}
+        # The shape as it came out, not as it was asked for: a preset and its numbers spelled out are one model.
+        settings = {name: value for name, value in settings.items() if f"model.{name}" not in shape and name != "preset"}
+        return {**settings, "precision": self.precision, **shape, **fingerprints}
+
+    def _resume(self) -> str:
+        """Go on from a checkpoint, if there is one. Returns a line about it for the header."""
+        output = self.config.output
+        if self.config.resume == "never":
+            aside = checkpoint.set_aside(output)
+            return f"earlier checkpoints were renamed to {paths.typed(aside)}" if aside else ""
+        if self.config.resume == "auto":
+            found = checkpoint.newest_good(output)
+            if found is None:
+                return ""
+        else:
+            found = checkpoint.load(self.config.resume)
+        notes = self._check_identity(found)
+        checkpoint.restore(found, self.model, self.optimizers)
+        if self.scaler and found.state["scaler"]:
+            self.scaler.load_state_dict(found.state["scaler"])
+        self.step = found.step
+        best = found.state["best_val_loss"]
+        self.best_val_loss = math.inf if best is None else best
+        self.tokens_seen, self.seconds = found.state["tokens_seen"], found.state["seconds"]
+        if found.state["steps"] != self.steps:
+            if self.steps < self.step:
+                raise MismatchError(f"{found.path}: the run is at step {self.step} already, past the {self.steps} asked for; ask for more, or start over with --resume never")
+            notes.append(f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more")
+        return "; ".join([f"from {paths.typed(found.path)}", *notes])
+
+    def _check_identity(self, found: checkpoint.Checkpoint) -> list[str]:
+        allowed = {name.strip() for name in self.config.allow_mismatch.split(",") if name.strip()}
+        old = found.state["identity"]
+        differing = [name for name in sorted(old.keys() | self.identity.keys()) if old.get(name) != self.identity.get(name)]
+        changes = {name: f"{name} {old.get(name)} → {self.identity.get(name)}" for name in differing}
+        refused = [name for name in differing if name not in allowed]
+        if refused:
+            raise MismatchError(
+                f"{found.path} is of a different run: {'; '.join(changes[name] for name in refused)}. Put the old settings back, "
+                f"choose another --output, start over with --resume never, or accept it with --allow_mismatch {','.join(refused)}"
+            )
+        return [f"allowed: {changes[name]}" for name in differing]
+
+    # -- small things -------------------------------------------------------------------------------------------------------
+
+    def _micro_batch_size(self) -> int:
+        wanted = self.config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // self.batches.samples.block_size)
+        return min(wanted, self.config.batch_size)
+
+    def _intervals(self) -> dict[str, int]:
+        def every(value: int | None, share: int) -> int:
+            return max(1, self.steps // share) if value is None else value
+
+        config = self.config
+        return {"eval": every(config.eval_every, 10), "save": every(config.save_every, 10), "sample": every(config.sample_every, 5)}
+
+    def _print_header(self, resumed: str) -> None:
+        counts = self.model.config.num_parameters()
+        shape = self.model.config
+        tokens = self.batches.batch_size * self.batches.samples.block_size
+        print(f"model     {counts['total']:,} parameters: {shape.hidden_size} wide, {shape.num_hidden_layers} layers, vocabulary {shape.vocab_size:,}")
+        print(f"device    {describe(self.device)}; {self.precision}{', compiled' if self.step_loss is not self.loss else ''}")
+        epochs = self.steps / self.batches.steps_per_epoch
+        print(f"run       {self.steps:,} steps of {tokens:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}")
+        if resumed:
+            print(f"resume    {resumed}")
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
