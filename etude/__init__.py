@@ -36,7 +36,7 @@ _MODULE_OF = {
     "load": "etude.generation.text",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022  in reading order
     "train_tokenizer",
     "Tokenizer",
     "ChatFormat",

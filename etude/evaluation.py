@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from etude.corpus.jsonl import Rejects, find_files, read_records
 from etude.data.batches import Samples, as_tensors, to_device
+from etude.data.sft import read_conversation
 from etude.device import autocast
+from etude.errors import DataError
+from etude.generation.text import TextModel
 from etude.losses import Loss, causal_lm_loss
 from etude.model.transformer import Etude
 
@@ -107,3 +111,35 @@ class ExactMatch:
 def _share(flags) -> float:
     flags = list(flags)
     return sum(flags) / len(flags) if flags else math.nan
+
+
+def read_questions(files: Sequence[str]) -> list[tuple[str, list[dict[str, str]]]]:
+    """(skill, messages) of each question; the last message is the expected answer. Raises :class:`DataError`."""
+    questions, rejects = [], Rejects()
+    for path in find_files(files):
+        for place, record in read_records(path, rejects):
+            try:
+                messages = read_conversation(record)
+            except DataError as error:
+                rejects.add(place, str(error))
+            else:
+                questions.append((str(record.get("skill", "questions")), messages))
+    if not questions:
+        raise DataError(f"{', '.join(files)}: no questions in it; write conversations that end with the expected answer")
+    return questions
+
+
+def ask(model: TextModel, questions: Sequence[tuple[str, list[dict[str, str]]]], batch_size: int = 32) -> ExactMatch:
+    """Put every question to the model, greedily, and compare the replies with the expected ones."""
+    # Similar lengths side by side need little padding; each answer goes back to its question's place.
+    prompts = [model.chat_ids(messages[:-1]) for _, messages in questions]
+    expected = [messages[-1]["content"] for _, messages in questions]
+    longest = max(len(model.tokenizer.encode(text)) for text in expected) + 16
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: list[Answer | None] = [None] * len(prompts)
+    replies = model.replies([prompts[index] for index in order], batch_size=batch_size, temperature=0, max_new_tokens=longest)
+    for index, reply in zip(order, replies, strict=True):
+        skill, messages = questions[index]
+        ended = reply.finish_reason == "stop"
+        answers[index] = Answer(skill, messages[-2]["content"], expected[index], reply.text, ended)
+    return ExactMatch(answers)

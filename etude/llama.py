@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,8 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Etude
     kind = values.get("model_type")
     if kind not in HF_DEFAULTS_OF:
         raise MismatchError(f"{source}: model_type is {kind!r}; Etude can load {MODEL_TYPE}, {', '.join(HF_DEFAULTS_OF)}")
-    missing = [
-        name
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if values.get(name) is None
-    ]
-    if missing:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [name for name in sizes if values.get(name) is None]:
         raise DataError(f"{source}: lacks {', '.join(missing)}")
     values = {**HF_DEFAULTS, **HF_DEFAULTS_OF[kind], **values}
     rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
@@ -154,7 +151,10 @@ def load_any(
     if verify:
         length = min(512, config.max_position_embeddings)
         ids = [number * 7919 % config.vocab_size for number in range(length)]  # 7919, a prime: ids from all over
-        _check_logits(model, load_transformers(folder, torch.float32), [ids], str(folder))
+        try:
+            _check_logits(model, load_transformers(folder, torch.float32), [ids])
+        except VerificationError as error:
+            raise VerificationError(f"{folder}: not imported: {error}") from error
     return model.to(device=device, dtype=dtype)
 
 
@@ -194,7 +194,6 @@ def _read_hf_weights(folder: Path) -> dict[str, Tensor]:
 class ExportReport:
     """What was exported, and by how much transformers' results differ from Etude's."""
 
-    folder: str
     architecture: str
     parameters: int
     dtype: str
@@ -254,7 +253,10 @@ def export_llama(
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", {**ids, "do_sample": True, **SAMPLING})
         tokenizer.save(folder, max_length=model.config.max_position_embeddings)
-        report = _verify(folder, output_folder, model, tokenizer, dtype)
+        try:
+            report = _verify(folder, model, tokenizer, dtype)
+        except VerificationError as error:
+            raise VerificationError(f"{output_folder}: not exported: {error}") from error
         _write_json(folder / RECORD, {"source": fingerprint(model_folder), "license": license, **dataclasses.asdict(report)})
         card = model_card(output_folder.name, model.config, report, license)
         (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
@@ -274,8 +276,10 @@ def fingerprint(model_folder: str | Path) -> str:
     """SHA-256 over the files an export is made from."""
     whole = hashlib.sha256()
     for name in SOURCE_FILES:
-        with open(Path(model_folder) / name, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
+        path = Path(model_folder) / name
+        if path.is_file():
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
 
 
@@ -285,15 +289,14 @@ def _refuse_to_replace(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is a file of this name; choose another output folder")
-    names = sorted(path.name for path in folder.iterdir())
     known = ("*.safetensors", "*.json", "*.jinja", "*.bin", "merges.txt", "README.md", "LICENSE", ".gitattributes")
-    foreign = [name for name in names if (folder / name).is_dir() or not any(fnmatch(name, each) for each in known)]
-    if names and "config.json" not in names:
-        foreign = names
-    elif names and read_config_json(folder).get("model_type") == MODEL_TYPE:
+    names = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
+    foreign = [name for name, is_dir in names.items() if is_dir or not any(fnmatch(name, each) for each in known)]
+    if foreign or (names and "config.json" not in names):
+        held = ", ".join((foreign or list(names))[:3])
+        raise UsageError(f"{folder}: this is no earlier export (it holds {held}); choose another output folder")
+    if names and read_config_json(folder).get("model_type") == MODEL_TYPE:
         raise UsageError(f"{folder}: this is an Etude model, which an export would replace; choose another output folder")
-    if foreign:
-        raise UsageError(f"{folder}: not an export alone (it holds {', '.join(foreign[:3])}); choose another output folder")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -303,73 +306,71 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # --- verification --------------------------------------------------------------------------------------------------
 
 
-def load_transformers(folder: str | Path, dtype: torch.dtype):
-    """The model in ``folder`` as transformers reads it, without its progress bars and advice."""
+def load_transformers(folder: str | Path, dtype: torch.dtype) -> Any:
+    """The model in ``folder`` as transformers reads it, in evaluation mode."""
+    return _from_pretrained("AutoModelForCausalLM", folder, dtype=dtype).eval()
+
+
+def _from_pretrained(auto_class: str, folder: str | Path, **options) -> Any:
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()  # its advice is about transformers, not about this model
     transformers.utils.logging.disable_progress_bar()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    except Exception as error:  # whatever it is, the folder is of no use to transformers
-        reason = " ".join(str(error).split())
-        raise VerificationError(f"{folder}: transformers cannot load this model: {reason[:300]}") from error
+        return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # of whatever kind: transformers can make nothing of the folder
+        reason = " ".join(str(error).split())[:300]
+        raise VerificationError(f"transformers cannot load {folder}: {reason}") from error
 
 
-def _verify(folder: Path, output: Path, model: Etude, tokenizer: Tokenizer, dtype: str) -> ExportReport:
-    """Compare the files in ``folder``, which is to become ``output``, with the ``model`` they were made from."""
+def _verify(folder: Path, model: Etude, tokenizer: Tokenizer, dtype: str) -> ExportReport:
+    """Compare the files in ``folder`` with the ``model`` and ``tokenizer`` they were made from."""
     chats = [ChatFormat(tokenizer).prompt(messages) for messages in CHATS] if tokenizer.settings.get("chat_template") else []
-    _check_tokenizer(folder, output, tokenizer, chats)
-    room = max(model.config.max_position_embeddings - NEW_TOKENS, 1)
+    _check_tokenizer(folder, tokenizer, chats)
     prompts = [tokenizer.encode(text) for text in TEXTS] + chats
-    prompts.append((sum(prompts, []) * 512)[:512])  # far positions show what near ones hide: a wrong frequency
-    prompts = [ids[:room] for ids in prompts]
+    prompts.append(list(islice(cycle(chain(*prompts)), 512)))  # far positions show what near ones hide: a wrong frequency
+    context = model.config.max_position_embeddings
+    prompts = [ids[: max(context - NEW_TOKENS, context // 2, 1)] for ids in prompts]
 
     stored = copy.deepcopy(model).to(DTYPES[dtype]).float()  # the weights as the file rounds them
     theirs = load_transformers(folder, torch.float32)
-    difference = _check_logits(stored, theirs, prompts, str(output))
-    greedy = 0
-    for ids in prompts:
-        ours_new, theirs_new = _greedy(stored, ids, tokenizer.eos_id), _greedy_transformers(theirs, ids)
-        if ours_new != theirs_new:
-            raise VerificationError(f"{output}: not exported: transformers continues a prompt differently from Etude")
-        greedy += len(ours_new)
+    difference = _check_logits(stored, theirs, prompts)
+    greedy = [_greedy(stored, ids, tokenizer.eos_id) for ids in prompts]
+    if greedy != [_greedy_transformers(theirs, ids) for ids in prompts]:
+        raise VerificationError("transformers continues a prompt with other tokens than Etude")
+    as_loaded = theirs if dtype == "float32" else load_transformers(folder, DTYPES[dtype])
     return ExportReport(
-        folder=str(output),
         architecture=type(theirs).__name__,
-        parameters=sum(parameter.numel() for parameter in theirs.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=dtype,
         positions=sum(len(ids) for ids in prompts),
         max_logit_difference=difference,
-        greedy_tokens=greedy,
-        dtype_difference=max_logit_difference(model, theirs.to(DTYPES[dtype]), prompts),
+        greedy_tokens=sum(len(new) for new in greedy),
+        dtype_difference=max_logit_difference(model, as_loaded, prompts),
     )
 
 
-def _check_tokenizer(folder: Path, output: Path, tokenizer: Tokenizer, chats: Sequence[list[int]]) -> None:
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, chats: Sequence[list[int]]) -> None:
+    theirs = _from_pretrained("AutoTokenizer", folder)
     for text in TEXTS:
         if theirs(text, add_special_tokens=False)["input_ids"] != tokenizer.encode(text):
-            raise VerificationError(f"{output}: not exported: transformers' tokenizer gives other ids for {text!r}")
+            raise VerificationError(f"transformers' tokenizer gives other ids for {text!r}")
     for messages, ids in zip(CHATS, chats, strict=False):
         if theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) != ids:
-            raise VerificationError(f"{output}: not exported: transformers' chat ids differ for {messages[-1]['content']!r}")
+            raise VerificationError(f"transformers gives other ids for the chat {messages!r}")
 
 
-def _check_logits(ours: Etude, theirs: torch.nn.Module, prompts: Sequence[list[int]], folder: str) -> float:
+def _check_logits(ours: Etude, theirs: Any, prompts: Sequence[list[int]]) -> float:
     difference = max_logit_difference(ours, theirs, prompts)
     if not difference <= MAX_LOGIT_DIFFERENCE:  # so put, NaN is refused as well
         raise VerificationError(
-            f"{folder}: refused: transformers' logits differ from Etude's by up to {difference:.2e}, "
-            f"more than {MAX_LOGIT_DIFFERENCE:.0e}"
+            f"transformers' logits differ from Etude's by up to {difference:.2e}; {MAX_LOGIT_DIFFERENCE:.0e} is allowed"
         )
     return difference
 
 
 @torch.inference_mode()
-def max_logit_difference(ours: Etude, theirs: torch.nn.Module, prompts: Sequence[list[int]]) -> float:
+def max_logit_difference(ours: Etude, theirs: Any, prompts: Sequence[list[int]]) -> float:
     """The largest difference of any logit at any position of ``prompts``."""
     rows = [torch.tensor([ids]) for ids in prompts]
     return torch.stack([(ours(row) - theirs(row).logits.float()).abs().max() for row in rows]).max().item()
@@ -408,15 +409,8 @@ tags:
 
 # {name}
 
-A language model of {report.parameters:,} parameters, trained with Etude and exported as `{report.architecture}` in {report.dtype}.
-
-| | |
-|---|---|
-| layers | {config.num_hidden_layers} |
-| width | {config.hidden_size} (feed-forward {config.intermediate_size}) |
-| attention heads | {config.num_attention_heads} (of {config.head_dim}), keys and values {config.num_key_value_heads} |
-| context | {config.max_position_embeddings} tokens |
-| vocabulary | {config.vocab_size} |
+A language model of {report.parameters:,} parameters ({config.num_hidden_layers} layers, {config.hidden_size} wide), trained with
+Etude and exported as `{report.architecture}` in {report.dtype}. It reads {config.max_position_embeddings} tokens at most.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -3,6 +3,8 @@
     python inference/inference.py                                          chat with the newest stage's model
     python inference/inference.py complete --prompt "Once upon a time"     one answer
     python inference/inference.py chat --input questions.txt --output answers.jsonl
+
+The options are explained by --help, the exit codes in etude/errors.py.
 """
 
 import contextlib
@@ -60,7 +62,7 @@ def main() -> int:
     if config.input:
         answer_file(model, command, config, settings)
     elif config.prompt is not None:
-        show(answer(model, command, opening(config) + [user(config.prompt)], config, settings))
+        show(answer(model, command, [*opening(config), user(config.prompt)], config, settings))
     else:
         converse(model, command, config, settings)
     return 0
@@ -78,8 +80,8 @@ def check(command: str, config: InferenceConfig) -> None:
     if config.batch_size < 1:
         raise UsageError(f"batch_size ({config.batch_size}) must be at least 1")
     if not (Path(config.model) / "config.json").is_file():
-        first = "train/train_pretrain.py, then: python train/train_sft.py" if command == "chat" else "train/train_pretrain.py"
-        raise MismatchError(f"{paths.typed(config.model)}: there is no model here; run: python {first}; or name one with --model")
+        stages = "python train/train_pretrain.py" + (", then: python train/train_sft.py" if command == "chat" else "")
+        raise MismatchError(f"{paths.typed(config.model)}: there is no model here; run: {stages}; or name one with --model")
 
 
 def answer(model, command: str, messages: list[dict], config: InferenceConfig, settings: dict) -> Generator[str, None, str]:

@@ -124,6 +124,7 @@ def prepare_sft(
         format = ChatFormat(tokenizer)
         writers = {part: StoreWriter(folder / part, len(tokenizer), masked=True) for part in ("train", "val")}
         rejects, cuts, verified = Rejects(max_bad), {"after a reply": 0, "inside a reply": 0}, 0
+        too_long: list[str] = []  # where the first question alone fills a row: nothing to learn is left
         for sources, is_validation in ((files, False), (val_files, True)):
             size = sum(file.stat().st_size for file in sources)
             with progress_bar("tokenising" if not is_validation else "tokenising validation data", size, "B") as bar:
@@ -133,17 +134,17 @@ def prepare_sft(
                             format.verify(messages)
                             verified += 1
                         text = "\n".join(message["content"] for message in messages)
-                        size = len(text.encode("utf-8"))
-                        bar.update(size)
+                        bar.update(len(text.encode("utf-8")))
                         chat, how = cut(chat, block_size + 1)
                         if not any(chat.mask):
-                            rejects.add(place, f"no token of a reply fits into block_size ({block_size})")
+                            too_long.append(place)
                             continue
                         if how:
                             cuts[how] += 1
                         to_val = is_validation or (fraction > 0 and tokens.goes_to_validation(text, fraction, seed))
-                        writers["val" if to_val else "train"].add(chat.ids, size, chat.mask)
-        writers["train"].close(rejected=rejects.reasons, cuts=cuts)
+                        learnt = sum(len(tokenizer.token_bytes(i)) for i, is_learnt in zip(chat.ids, chat.mask, strict=True) if is_learnt)
+                        writers["val" if to_val else "train"].add(chat.ids, learnt, chat.mask)
+        writers["train"].close(rejected=rejects.reasons, cuts=cuts, too_long=too_long)
         writers["val"].close()
 
     folder, reused = tokens.prepared(cache, [*files, *val_files], tokenizer.json, options, build)
@@ -153,6 +154,11 @@ def prepare_sft(
     for how, count in train.info["cuts"].items():
         if count:
             print(f"data      {count:,} conversations are longer than block_size ({block_size}) and were cut {how}")
+    if too_long := train.info["too_long"]:
+        print(
+            f"data      {len(too_long):,} conversations were left out, their first question alone filling block_size "
+            f"({block_size}): {', '.join(too_long[:3])}{' …' if len(too_long) > 3 else ''}"
+        )
     return train, val
 
 

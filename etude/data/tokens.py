@@ -48,8 +48,13 @@ class TokenStore:
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the text that was tokenised: what bits per byte are counted over."""
+        """UTF-8 bytes of the text that is learnt: what bits per byte are counted over. Of conversations, the replies."""
         return self.info["text_bytes"]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are learnt."""
+        return self.info["supervised"]
 
     def ids(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop) as int64."""
@@ -81,7 +86,7 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.masked = folder, masked
         self.dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        self.tokens = self.documents = self.text_bytes = self.shards = 0
+        self.tokens = self.supervised = self.documents = self.text_bytes = self.shards = 0
         self._digest = hashlib.sha256()
         self._starts = open(folder / "starts.bin", "wb")
         self._ids = self._masks = None
@@ -106,6 +111,7 @@ class StoreWriter:
             written += step
             self.tokens += step
         self.documents += 1
+        self.supervised += len(array) if mask_array is None else int(mask_array.sum())
         self.text_bytes += text_bytes
 
     def _next_shard(self) -> None:
@@ -127,6 +133,7 @@ class StoreWriter:
             "masked": self.masked,
             "shards": self.shards,
             "tokens": self.tokens,
+            "supervised": self.supervised,
             "documents": self.documents,
             "text_bytes": self.text_bytes,
             "content_sha256": self._digest.hexdigest(),
@@ -182,7 +189,8 @@ def report(train: TokenStore, val: TokenStore, reused: bool, what: str) -> None:
     origin = "found tokenised" if reused else "tokenised"
     print(
         f"data      {origin}: {train.documents:,} {what}, {len(train):,} tokens "
-        f"({train.text_bytes / max(1, len(train)):.2f} bytes per token); validation {val.documents:,} {what}, {len(val):,} tokens"
+        f"({train.text_bytes / max(1, train.supervised):.2f} bytes per learnt token); "
+        f"validation {val.documents:,} {what}, {len(val):,} tokens"
     )
     if rejected := train.info.get("rejected"):
         print(f"data      skipped {len(rejected)} bad records, the first: {rejected[0]}")

@@ -161,16 +161,16 @@ class TextModel:
         found = []
         for at in range(0, len(prompts), batch_size):
             batch = prompts[at : at + batch_size]
-            texts, reasons = [""] * len(batch), [""] * len(batch)
-            for pieces, reasons in self._decode(batch, sampling, stop, first_row + at):
-                texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-            found += map(Reply, texts, reasons)
+            pieces, reasons = zip(*self._decode(batch, sampling, stop, first_row + at), strict=True)
+            found += map(Reply, map("".join, zip(*pieces, strict=True)), reasons[-1])
         return found
 
     def _stream(self, ids: list[int], stop: str | Sequence[str], settings: dict) -> Generator[str, None, str]:
-        for (piece,), (reason,) in self._decode([ids], SamplingSettings(**settings), _stop_strings(stop), first_row=0):
-            if piece:
-                yield piece
+        reason = ""
+        for pieces, reasons in self._decode([ids], SamplingSettings(**settings), _stop_strings(stop), first_row=0):
+            if pieces[0]:
+                yield pieces[0]
+            reason = reasons[0]
         return reason
 
     def _decode(

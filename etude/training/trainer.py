@@ -197,11 +197,11 @@ class Trainer:
         self.log.line(f"validate  step {self.step}: {described}{'  (best so far)' if better else ''}")
 
     def _bits_per_byte(self, result: LossResult) -> float | None:
-        """Where all tokens are supervised: the loss in bits, at the validation data's tokens per byte."""
+        """The loss in bits, at the validation data's learnt tokens per byte; None for samples without a token store."""
         store = getattr(self.val, "store", None)
-        if store is None or store.info["masked"]:
+        if store is None or not store.text_bytes:
             return None
-        return result.loss / math.log(2) * len(store) / max(1, store.text_bytes)
+        return result.loss / math.log(2) * store.supervised / store.text_bytes
 
     def _record(self, metrics: dict[str, float], window: list[tuple[float, int]]) -> None:
         seconds, tokens = (sum(values) for values in zip(*window, strict=True))
