@@ -144,9 +144,9 @@ def load_any(
     tensors = _read_hf_weights(folder)
     # Checkpoints of 2023 hold the rotary frequencies as well; and a tied head is sometimes stored a second time.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
-        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head.new_empty(0))):
-            raise MismatchError(f"{folder}: lm_head.weight differs from the embedding it should be (tie_word_embeddings)")
+    head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if head is not None and not torch.equal(head, tensors.get("model.embed_tokens.weight", head.new_empty(0))):
+        raise MismatchError(f"{folder}: lm_head.weight differs from the embedding, though config.json says they are tied")
     model = build_model(config, tensors, "cpu", torch.float32 if verify else dtype, source=str(folder))
     if verify:
         length = min(512, config.max_position_embeddings)
@@ -263,13 +263,18 @@ def export_llama(
     return report
 
 
-def export_is_current(model_folder: str | Path, output_folder: str | Path) -> bool:
-    """Whether ``output_folder`` was exported from ``model_folder`` as that is now."""
+def export_record(output_folder: str | Path) -> dict[str, Any]:
+    """What :func:`export_llama` noted beside an export: its source's fingerprint, its licence and its report."""
     try:
         record = json.loads((Path(output_folder) / RECORD).read_text(encoding="utf-8"))
-        return record["source"] == fingerprint(model_folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def export_is_current(model_folder: str | Path, output_folder: str | Path) -> bool:
+    """Whether ``output_folder`` was exported from ``model_folder`` as that is now."""
+    return export_record(output_folder).get("source") == fingerprint(model_folder)
 
 
 def fingerprint(model_folder: str | Path) -> str:
@@ -409,8 +414,8 @@ tags:
 
 # {name}
 
-A language model of {report.parameters:,} parameters ({config.num_hidden_layers} layers, {config.hidden_size} wide), trained with
-Etude and exported as `{report.architecture}` in {report.dtype}. It reads {config.max_position_embeddings} tokens at most.
+A language model of {report.parameters:,} parameters ({config.num_hidden_layers} layers, {config.hidden_size} wide) that reads
+{config.max_position_embeddings} tokens at most. Trained with Etude, exported as `{report.architecture}` in {report.dtype}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,9 +16,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a checkout works without being installed
-
 from etude import cli, paths
+from etude.cli import option
 from etude.errors import DataError, EtudeError, MismatchError, UsageError
 
 COMMANDS = {"chat": "answer questions, remembering the conversation", "complete": "go on from a text"}
@@ -31,25 +30,25 @@ def newest_model() -> str:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    model: str = cli.option(newest_model, "model folder: the fine-tuned model if there is one, else the pretrained one")
-    prompt: str | None = cli.option(None, "answer this and leave")
-    input: str | None = cli.option(None, "answer a file: .txt with a prompt a line, or .jsonl with prompts or conversations")
-    output: str | None = cli.option(None, "where --input's answers go, as JSONL; left out: standard output")
-    batch_size: int = cli.option(8, "prompts of --input answered at a time")
-    system: str = cli.option("", "chat: a system message to begin the conversation with")
-    max_new_tokens: int = cli.option(256, "longest answer, in tokens")
-    temperature: float = cli.option(0.8, "below 1 sharpens, above 1 flattens the distribution; 0: always the likeliest token")
-    top_k: int = cli.option(50, "sample among the k likeliest tokens; 0: all")
-    top_p: float = cli.option(0.95, "sample among the likeliest tokens that together hold this probability; 1: all")
-    min_p: float = cli.option(0.0, "sample among tokens at least this fraction as likely as the likeliest; 0: all")
-    repetition_penalty: float = cli.option(1.0, "above 1: what was said becomes less likely; 1: off")
-    seed: int | None = cli.option(None, "the same seed gives the same answers; left out: different each time")
-    stop: tuple[str, ...] = cli.option((), "strings that end an answer and are not shown")
-    device: str = cli.option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = cli.option("auto", "fp32, bf16 or fp16; auto is fp32")
+    model: str = option(newest_model, "model folder: the fine-tuned model if there is one, else the pretrained one")
+    prompt: str | None = option(None, "answer this and leave")
+    input: str = option("", "answer a file: .txt with a prompt a line, or .jsonl with prompts or conversations")
+    output: str = option("", "where --input's answers go, as JSONL; left out: standard output")
+    batch_size: int = option(8, "prompts of --input answered at a time")
+    system: str = option("", "chat: a system message to begin the conversation with")
+    max_new_tokens: int = option(256, "longest answer, in tokens")
+    temperature: float = option(0.8, "below 1 sharpens, above 1 flattens the distribution; 0: always the likeliest token")
+    top_k: int = option(50, "sample among the k likeliest tokens; 0: all")
+    top_p: float = option(0.95, "sample among the likeliest tokens that together hold this probability; 1: all")
+    min_p: float = option(0.0, "sample among tokens at least this fraction as likely as the likeliest; 0: all")
+    repetition_penalty: float = option(1.0, "above 1: what was said becomes less likely; 1: off")
+    seed: int | None = option(None, "the same seed gives the same answers; left out: different each time")
+    stop: tuple[str, ...] = option((), "strings that end an answer and are not shown")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = option("auto", "fp32, bf16 or fp16; auto is fp32")
 
 
-def main() -> int:
+def main() -> None:
     command, config = cli.parse(InferenceConfig, __doc__.splitlines()[0], commands=COMMANDS)
     check(command, config)
     from etude.generation.plain import SamplingSettings
@@ -65,7 +64,6 @@ def main() -> int:
         show(answer(model, command, [*opening(config), user(config.prompt)], config, settings))
     else:
         converse(model, command, config, settings)
-    return 0
 
 
 def check(command: str, config: InferenceConfig) -> None:

@@ -1,0 +1,186 @@
+"""Compare Etude's training step with Hugging Face's Llama: same shape, precision, optimizer and batch, in one run."""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from etude import cli
+from etude.cli import option
+from etude.files import whole_file
+
+COMMANDS = {"train": "tokens per second of whole training steps"}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    preset: Literal["nano", "small", "base", "medium"] = option("small", "named shape")
+    vocab_size: int = option(16_384, "tokens in the vocabulary")
+    block_size: int = option(512, "tokens of a sequence")
+    batch_size: int = option(64, "sequences of a step")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "Etude's optimizer; the peer's is AdamW")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "of matrix products; auto: what the hardware multiplies")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile, for both; auto: on for CUDA only")
+    rounds: int = option(5, "rounds in which the two take turns; the medians count")
+    steps: int = option(10, "steps of a round")
+    quick: bool = option(False, "a small shape and few steps: a minute on two CPU cores")
+    output: str = option("", "also write the figures to this .json file")
+
+
+def main() -> None:
+    _, config = cli.parse(BenchmarkConfig, __doc__, commands=COMMANDS)
+    if config.quick:
+        quick = {"preset": "nano", "vocab_size": 4_096, "block_size": 256, "batch_size": 16, "rounds": 3, "steps": 3}
+        config = dataclasses.replace(config, **quick)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = compare(config, folder)
+    for name, figure in figures.items():
+        print(f"{name:<24}{figure}")
+    if config.output:
+        with whole_file(config.output) as path:
+            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(config: BenchmarkConfig, folder: str) -> dict[str, object]:
+    """Time both, in turns, so that a machine whose speed drifts is fair to both."""
+    import torch
+
+    from etude.device import describe
+
+    ours, device, flops = etude_step(config, folder)
+    theirs = huggingface_step(config, device)
+    rates: dict[str, list[float]] = {"etude": [], "huggingface": []}
+    for step in (ours, theirs):
+        for _ in range(3):  # compilation, allocation
+            step()
+    for _ in range(config.rounds):
+        for name, step in (("etude", ours), ("huggingface", theirs)):
+            rates[name].append(tokens_per_second(step, config, device))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    figures: dict[str, object] = {
+        "machine": describe(device),
+        "torch": torch.__version__,
+        "etude tokens/s": round(medians["etude"]),
+        "huggingface tokens/s": round(medians["huggingface"]),
+        "ratio": round(medians["etude"] / medians["huggingface"], 3),
+        "all etude": [round(rate) for rate in rates["etude"]],
+        "all huggingface": [round(rate) for rate in rates["huggingface"]],
+        "etude TFLOP/s": round(medians["etude"] * flops / 1e12, 2),
+    }
+    if device.type == "cuda":
+        ceiling = matmul_ceiling(device)
+        figures["matmul TFLOP/s"] = round(ceiling / 1e12, 1)
+        figures["MFU of that"] = round(medians["etude"] * flops / ceiling, 4)
+        figures["peak GiB"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return figures
+
+
+def etude_step(config: BenchmarkConfig, folder: str):
+    """The trainer's own step on random ids: loading, micro-batches, clipping, optimizer, finiteness checks and all."""
+    import numpy as np
+    import torch
+
+    from etude.data.batches import Batches
+    from etude.losses import causal_lm_loss
+    from etude.model.config import PRESETS, EtudeConfig
+    from etude.model.transformer import Etude
+    from etude.training.config import PretrainConfig
+    from etude.training.trainer import Trainer
+
+    class RandomBlocks:
+        block_size = config.block_size
+
+        def __len__(self) -> int:
+            return 1_000_000
+
+        def load(self, numbers):
+            source = np.random.default_rng(numbers[0])
+            ids = source.integers(0, config.vocab_size, (len(numbers), config.block_size + 1))
+            return {"ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+        def describe(self, number: int) -> str:
+            return str(number)
+
+    shape = EtudeConfig(vocab_size=config.vocab_size, max_position_embeddings=config.block_size, **PRESETS[config.preset])
+    settings = PretrainConfig(
+        output=folder, block_size=config.block_size, batch_size=config.batch_size, micro_batch_size=config.batch_size,
+        max_steps=1_000_000, optimizer=config.optimizer, device=config.device, precision=config.precision, compile=config.compile,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer = Trainer(settings, Etude(shape), None, Batches(RandomBlocks(), config.batch_size, 0), causal_lm_loss)
+    trainer.model.train()
+    batches = [trainer.batches.at(step) for step in range(4)]
+    counter = iter(range(10**9))
+    flops = shape.training_flops_per_token(config.block_size)
+    return lambda: trainer._optimizer_step(batches[next(counter) % 4]), trainer.device, flops
+
+
+def huggingface_step(config: BenchmarkConfig, device):
+    """LlamaForCausalLM with the same shape, precision, compilation, fused AdamW and clipping."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from etude.device import autocast, pick_precision
+    from etude.model.config import PRESETS
+
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size, max_position_embeddings=config.block_size, tie_word_embeddings=True,
+        use_cache=False, **PRESETS[config.preset],
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    precision = pick_precision(config.precision, device)
+    batches = [torch.randint(config.vocab_size, (config.batch_size, config.block_size), device=device) for _ in range(4)]
+    counter = iter(range(10**9))
+
+    def step() -> None:
+        ids = batches[next(counter) % 4]
+        with autocast(device, precision):
+            loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def tokens_per_second(step, config: BenchmarkConfig, device) -> float:
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    started = time.perf_counter()
+    for _ in range(config.steps):
+        step()
+    wait()
+    return config.steps * config.batch_size * config.block_size / (time.perf_counter() - started)
+
+
+def matmul_ceiling(device) -> float:
+    """FLOP/s of a large bf16 matrix product on this device: what MFU is measured against."""
+    import torch
+
+    n = 8192
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize(device)
+    return 10 * 2 * n**3 / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    cli.run(main)
