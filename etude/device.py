@@ -49,7 +49,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Matrix products in ``precision``; weights, norms, softmax and the residual stream stay in fp32."""
+    """Matrix products in ``precision``; weights, norms and softmax stay in fp32, and so do sums of losses and gradients."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=PRECISIONS[precision])

@@ -37,9 +37,13 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         sync(temporary)
         if path.exists():
             # No system call swaps two folders everywhere; the old one steps aside for the instant between two renames.
-            aside = temporary.with_suffix(".old")
+            aside = temporary.with_suffix(".old.tmp")
             os.replace(path, aside)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.replace(aside, path)
+                raise
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(temporary, path)

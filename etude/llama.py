@@ -91,17 +91,12 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Etude
         raise MismatchError(f"{source}: Etude's model cannot represent {', '.join(obstacles)}")
     if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn"):
         rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    eos = values.get("eos_token_id")
     same = {field.name: values[field.name] for field in dataclasses.fields(EtudeConfig) if field.name in values}
-    changed = {
-        "rope_theta": float(rope.get("rope_theta", values["rope_theta"])),
-        "rope_scaling": rope or None,
-        "qk_norm": kind == "qwen3",
-        "dropout": 0.0,
-        "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos or None,
-    }
+    eos = values.get("eos_token_id")
+    same["eos_token_id"] = next(iter(eos), None) if isinstance(eos, list) else eos  # the first of several
+    same |= {"rope_scaling": rope or None, "qk_norm": kind == "qwen3", "dropout": 0.0}
     try:
-        return EtudeConfig(**{**same, **changed})
+        return EtudeConfig(**{**same, "rope_theta": float(rope.get("rope_theta", values["rope_theta"]))})
     except (UsageError, TypeError, ValueError) as error:
         raise MismatchError(f"{source}: {error}") from None
 
@@ -343,7 +338,7 @@ def _verify(folder: Path, model: Etude, tokenizer: Tokenizer, dtype: str) -> Exp
     greedy = [_greedy(stored, ids, tokenizer.eos_id) for ids in prompts]
     if greedy != [_greedy_transformers(theirs, ids) for ids in prompts]:
         raise VerificationError("transformers continues a prompt with other tokens than Etude")
-    as_loaded = theirs if dtype == "float32" else load_transformers(folder, DTYPES[dtype])
+    rounding = 0.0 if dtype == "float32" else max_logit_difference(model, load_transformers(folder, DTYPES[dtype]), prompts)
     return ExportReport(
         architecture=type(theirs).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -351,7 +346,7 @@ def _verify(folder: Path, model: Etude, tokenizer: Tokenizer, dtype: str) -> Exp
         positions=sum(len(ids) for ids in prompts),
         max_logit_difference=difference,
         greedy_tokens=sum(len(new) for new in greedy),
-        dtype_difference=max_logit_difference(model, as_loaded, prompts),
+        dtype_difference=rounding,
     )
 
 

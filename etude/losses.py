@@ -1,5 +1,7 @@
 """What training minimises. ``loss(model, batch)`` returns a sum and its weight; the trainer divides by the weight of the
 whole step, so that a batch has one gradient however it is cut into micro-batches.
+
+Shapes: B rows, T tokens of a row, N tokens in all, D hidden_size, V vocab_size.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from torch import Tensor
 from etude.model.transformer import Etude
 
 IGNORED = -100  # the label of a token that is not learnt
+CHUNK_LOGITS = 2**27  # logits held at once on an accelerator: half a GiB of fp32
+CHUNK_LOGITS_CPU = 2**22  # small enough to be read again from cache, large enough for fast products
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,65 @@ def causal_lm_loss(model: Etude, batch: dict[str, Tensor]) -> Loss:
     ``batch`` has ``ids`` and ``labels`` (B, T), the labels already one token ahead and ``IGNORED`` where nothing is
     learnt; optionally ``positions`` and ``documents`` (B, T).
     """
-    hidden = model.hidden(batch["ids"], batch.get("positions"), batch.get("documents")).flatten(0, 1)  # (B·T, D)
+    hidden = model.hidden(batch["ids"], batch.get("positions"), batch.get("documents")).flatten(0, 1)  # (N, D)
     labels = batch["labels"].flatten()
-    if not torch.compiler.is_compiling():
+    weight = (labels != IGNORED).sum()
+    if not torch.compiler.is_compiling() and weight < len(labels):
         # Logits are the largest tensor of all: make only those that count. (Compiled code wants fixed shapes.)
         learnt = (labels != IGNORED).nonzero().squeeze(1)
-        if len(learnt) < len(labels):
-            hidden, labels = hidden[learnt], labels[learnt]
-    logits = model.logits(hidden).float()  # (N, V)
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return Loss(loss, (labels != IGNORED).sum())
+        hidden, labels = hidden[learnt], labels[learnt]
+    return Loss(linear_cross_entropy(hidden, model.head_weight, labels), weight)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """``F.cross_entropy(hidden @ weight.T, labels, reduction="sum")`` that never holds all logits.
+
+    ``hidden`` (N, D), ``weight`` (V, D), ``labels`` (N,); labels of ``IGNORED`` count nothing. Under autocast the
+    products are in its dtype, softmax and sums always in fp32 (or fp64 for fp64 input).
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    budget = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS
+    rows = max(1, budget // len(weight))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, rows)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes a chunk's logits, its loss and its gradients together, then forgets the logits.
+
+    Since the loss is a sum, its gradients are known on the way forward, up to the one factor that backward brings. The idea
+    is Cut Cross-Entropy's (https://arxiv.org/abs/2411.09009) and Liger Kernel's (https://arxiv.org/abs/2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        loss = hidden.new_zeros((), dtype=wide)
+        hidden_gradients: list[Tensor] = []
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
+        for chunk, target in zip(hidden.split(rows), labels.split(rows), strict=True):
+            logits = F.linear(chunk, weight).to(wide)  # (rows, V)
+            learnt = target != IGNORED
+            index = target.clamp(min=0)[:, None]
+            normaliser = logits.logsumexp(-1, keepdim=True)  # (rows, 1)
+            nats = (normaliser - logits.gather(1, index)).squeeze(1)
+            loss += torch.where(learnt, nats, 0.0).sum()
+            if needs_gradient:
+                # softmax - one-hot: the gradient of a token's loss by its logits
+                gradient = (logits - normaliser).exp_()
+                gradient.scatter_add_(1, index, torch.full_like(normaliser, -1.0))
+                gradient = (gradient * learnt[:, None]).to(hidden.dtype)
+                hidden_gradients.append(gradient @ weight)
+                weight_gradient += gradient.T @ chunk
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(hidden_gradients) if hidden_gradients else hidden, weight_gradient)
+            ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * factor.to(hidden_gradient.dtype), (weight_gradient * factor).to(ctx.dtype), None, None

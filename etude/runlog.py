@@ -51,9 +51,12 @@ class RunLog:
         self._last_line = -math.inf
         self._open_line = False
 
-    def resume_from(self, step: int) -> None:
-        """Forget metrics of steps after ``step``: the run is about to make them again."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step] if self.path.exists() else []
+    def resume_from(self, step: int, revalidate: bool = False) -> None:
+        """Forget metrics of steps after ``step``: the run is about to make them again. With ``revalidate``, also the
+        validation of ``step`` itself.
+        """
+        records = read_metrics(self.path) if self.path.exists() else []
+        kept = [r for r in records if r["step"] < step or r["step"] == step and not (revalidate and "val_loss" in r)]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, self.path)

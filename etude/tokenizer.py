@@ -245,17 +245,17 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int, d
     return Tokenizer(folder)
 
 
-_LONG_RUN = re.compile(r"[^\W\d_]{33,}")
+_LONG_RUN = re.compile(r"[^\W\d_]{33,}|(?:[^\w\s]|_){33,}|\s{33,}")  # letters, symbols, or white space
 
 
 def _cut_long_runs(text: str) -> Iterator[str]:
-    """Cut runs of over 32 letters. The trainer counts distinct words; Chinese without punctuation would otherwise be one
-    word a paragraph, each of them kept in memory and none ever seen twice.
+    """Cut runs of over 32 letters or symbols. The trainer counts distinct words; Chinese without punctuation would
+    otherwise be one word a paragraph, each of them kept in memory, none ever seen twice, and every merge walking all of it.
     """
     start = 0
     for run in _LONG_RUN.finditer(text):
         yield text[start : run.start()]
-        yield from (text[at : at + 32] for at in range(run.start(), run.end(), 32))
+        yield from (run[0][at : at + 32] for at in range(0, len(run[0]), 32))
         start = run.end()
     yield text[start:]
 

@@ -8,6 +8,7 @@ The native counterpart, and the faster one to start, is inference.py.
 """
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -68,23 +69,22 @@ def ensure_exported(folder: Path) -> None:
     """See that ``folder`` holds an export of the model beside it as that is now. Where it doesn't, export on a terminal,
     else raise :class:`MismatchError` with the command to run.
     """
+    source, name = folder.with_name(folder.name.removesuffix(SUFFIX)), paths.typed(folder)
+    exists, has_source = (folder / "config.json").is_file(), source != folder and (source / "config.json").is_file()
+    if not exists and not has_source:
+        remedy = "python train/train_sft.py" if str(folder) == DEFAULT_MODEL else "python tool/convert_hf.py --input MODEL"
+        raise MismatchError(f"{name}: there is no exported model here; run: {remedy}")
     from etude.llama import export_is_current, export_llama, export_record
     from etude.weights import MODEL_TYPE, read_config_json
 
-    exists, name = (folder / "config.json").is_file(), paths.typed(folder)
     if exists and read_config_json(folder).get("model_type") == MODEL_TYPE:
         raise MismatchError(f"{name}: this is the model as trained; run: python tool/convert_hf.py --input {name}")
-    source = folder.with_name(folder.name.removesuffix(SUFFIX))
-    if source == folder or not (source / "config.json").is_file():  # nothing to compare with, or to export
-        if not exists:
-            remedy = "python train/train_sft.py" if str(folder) == DEFAULT_MODEL else "python tool/convert_hf.py --input MODEL"
-            raise MismatchError(f"{name}: there is no exported model here; run: {remedy}")
+    if not has_source or (exists and export_is_current(source, folder)):
         return
-    if exists and export_is_current(source, folder):
-        return
-    options = {key: value for key, value in export_record(folder).items() if key in ("dtype", "license")}  # as last time
-    flags = {"input": paths.typed(source), "output": name, **options}
-    command = " ".join(["python tool/convert_hf.py", *(f"--{key} {value}" for key, value in flags.items())])
+    record = export_record(folder)
+    options = {key: record[key] for key in ("dtype", "license") if key in record}  # as last time
+    flags = [f"--{key}={value}" for key, value in {"input": paths.typed(source), "output": name, **options}.items()]
+    command = shlex.join(["python", "tool/convert_hf.py", *flags])
     reason = f"{name}: " + ("the model has changed since it was exported" if exists else "the model is not exported yet")
     if not sys.stdin.isatty():
         raise MismatchError(f"{reason}; run: {command}")
@@ -114,10 +114,9 @@ class HFModel:
         self.chat_format = ChatFormat(self.tokenizer)
         self.stop_ids = {self.tokenizer.eos_id, self.tokenizer.document_end_id}
         wordless = self.tokenizer.special_ids | set(range(len(self.tokenizer), vocab_size))
-        names = ("temperature", "top_k", "top_p", "min_p") if config.temperature else ()
+        sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         self.options = {
-            "do_sample": config.temperature > 0,
-            **{name: getattr(config, name) for name in names},
+            **({"do_sample": True, **sampling} if config.temperature else {"do_sample": False}),
             "repetition_penalty": config.repetition_penalty,
             "eos_token_id": sorted(self.stop_ids),
             "pad_token_id": self.tokenizer.pad_id,

@@ -71,7 +71,7 @@ def check(command: str, config: InferenceConfig) -> None:
         raise UsageError("--prompt and --input were both given; choose one")
     if config.output and not config.input:
         raise UsageError("--output holds the answers to --input; give --input as well, or leave it out")
-    if config.output and Path(config.output).exists() and Path(config.output).samefile(config.input):
+    if config.output and Path(config.output).resolve() == Path(config.input).resolve():
         raise UsageError(f"--output ({config.output}) would overwrite --input; name another file")
     if config.system and command == "complete":
         raise UsageError("--system belongs to chat; leave it out of complete")
@@ -95,8 +95,8 @@ def answer(model, command: str, messages: list[dict], config: InferenceConfig, s
     return (yield from model.stream_chat(kept, stop=config.stop, **settings))
 
 
-def show(stream: Generator[str, None, str]) -> str:
-    """Print an answer as it comes. Ctrl-C ends the answer, not the program, where there is somebody to go on typing."""
+def show(stream: Generator[str, None, str], stoppable: bool = False) -> str:
+    """Print an answer as it comes, and return it. If ``stoppable``, Ctrl-C ends the answer and not the program."""
     text = ""
     try:
         while True:
@@ -109,7 +109,7 @@ def show(stream: Generator[str, None, str]) -> str:
             say("[the answer is cut: --max_new_tokens or the context is used up]")
     except KeyboardInterrupt:
         print(flush=True)
-        if not sys.stdin.isatty():
+        if not stoppable:
             raise
         say("[stopped]")
     return text
@@ -117,9 +117,10 @@ def show(stream: Generator[str, None, str]) -> str:
 
 def converse(model, command: str, config: InferenceConfig, settings: dict) -> None:
     """Answer what is typed or piped in, line by line."""
-    if sys.stdin.isatty():
+    person = sys.stdin.isatty()
+    if person:
         say("Type and press Enter. exit leaves, clear begins anew, Ctrl-C stops an answer.")
-    messages = opening(config)
+    messages, answered = opening(config), 0
     for line in typed_lines():
         if line.strip() == "exit":
             return
@@ -128,13 +129,16 @@ def converse(model, command: str, config: InferenceConfig, settings: dict) -> No
             say("[cleared]")
         elif line.strip():
             try:
-                reply = show(answer(model, command, [*messages, user(line)], config, settings))
+                reply = show(answer(model, command, [*messages, user(line)], config, settings), stoppable=person)
             except (UsageError, DataError) as error:  # such as a question too long: the conversation goes on without it
-                if not sys.stdin.isatty():
+                if not person:
                     raise
                 say(f"error: {error}")
                 continue
             messages += [user(line), {"role": "assistant", "content": reply}]
+            answered += 1
+    if not answered and not person:
+        raise DataError("standard input: nothing to answer; pipe in one prompt a line, or use --prompt")
 
 
 def typed_lines() -> Iterator[str]:

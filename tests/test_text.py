@@ -1,5 +1,6 @@
 """The Python API: text in, text out, streamed or not, with a toy tokenizer and a model of random weights."""
 
+import itertools
 import json
 import math
 import random
@@ -129,15 +130,19 @@ def test_streamed_text_is_the_text(model):
 
 
 def test_text_is_what_the_tokenizer_decodes(model):
-    prompt = model.completion_ids("The fox")
-    options = {"max_new_tokens": 30, "temperature": 1.5, "top_k": 0, "top_p": 1.0, "seed": 2}
-    settings = SamplingSettings(**options)
-    steps = generate(model.model, [prompt], settings, model.stop_ids, forbidden_ids=model.forbidden_ids)
-    ids = [step.tokens[0] for step in steps if step.tokens[0] is not None]
-    assert model.complete("The fox", **options) == model.tokenizer.decode(ids) and len(ids) > 8
+    prompt, ends_within_a_character = model.completion_ids("The fox"), 0
+    for seed in range(10):
+        options = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 0, "top_p": 1.0, "seed": seed}
+        settings = SamplingSettings(**options)
+        steps = generate(model.model, [prompt], settings, model.stop_ids, forbidden_ids=model.forbidden_ids)
+        ids = [step.tokens[0] for step in steps if step.tokens[0] is not None]
+        decoded = model.tokenizer.decode(ids)
+        assert model.complete("The fox", **options) == decoded
+        ends_within_a_character += decoded.endswith("\ufffd") and len(ids) == 12
+    assert ends_within_a_character
 
 
-def test_finish_reasons(model):
+def test_finish_reasons(model, monkeypatch):
     prompt = [model.completion_ids("The fox")]
     (cut,) = model.replies(prompt, max_new_tokens=8, temperature=0)
     assert cut == Reply(model.complete("The fox", max_new_tokens=8, temperature=0), "length")
@@ -145,6 +150,12 @@ def test_finish_reasons(model):
     assert full.finish_reason == "length"
     (stopped,) = model.replies(prompt, stop=cut.text[-2:], max_new_tokens=50, temperature=0)
     assert stopped.finish_reason == "stop"
+    counted = []
+    monkeypatch.setattr(
+        "etude.generation.text.generate", lambda *given: (counted.append(step) or step for step in generate(*given))
+    )
+    assert model.replies(prompt, stop=cut.text[-2:], max_new_tokens=50, temperature=0) == [stopped]
+    assert len(counted) <= 8  # nothing is computed after the last row's stop string
     stream = model.stream_complete("The fox", max_new_tokens=8, temperature=0)
     with pytest.raises(StopIteration) as end:
         while True:
@@ -155,10 +166,12 @@ def test_finish_reasons(model):
 def test_a_reply_ends_at_its_end_token(folder):
     model = load(folder, "cpu")
     for token in (model.tokenizer.eos_id, model.tokenizer.document_end_id):
-        with torch.no_grad():  # a head that says nothing but this token
+        with torch.no_grad():  # a head that says this token, and an 'a' if it must not
             model.model.lm_head.weight.zero_()
             model.model.norm.weight.fill_(1.0)
-            model.model.lm_head.weight[token] = model.model.hidden(torch.tensor([model.chat_ids("Hi")]))[0, -1]
+            direction = model.model.hidden(torch.tensor([model.chat_ids("Hi")]))[0, -1]
+            model.model.lm_head.weight[token] = direction
+            model.model.lm_head.weight[model.tokenizer.encode("a")] = direction / 2
         (reply,) = model.replies([model.chat_ids("Hi")], temperature=0, max_new_tokens=5)
         assert reply == Reply("", "stop")
 
@@ -266,19 +279,32 @@ def expected_cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return text, False
 
 
+class Chunks:
+    """Stands in for a tokenizer whose tokens are any pieces of a text's bytes."""
+
+    def __init__(self, text: str, numbers: random.Random):
+        data = text.encode()
+        cuts = sorted({0, len(data), *(numbers.randrange(len(data) + 1) for _ in range(numbers.randrange(4)))})
+        self.pieces = [data[begin:end] for begin, end in itertools.pairwise(cuts)]
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.pieces[token]
+
+
 def test_stop_strings_do_not_depend_on_tokens(model):
     """Random texts over few characters, so that stop strings are common, overlap and straddle tokens."""
     numbers = random.Random(2)
     stopped = 0
+
+    def few(length: int) -> str:
+        return "".join(numbers.choice("ab狐") for _ in range(length))
+
     for _ in range(500):
-        text = "".join(numbers.choice("ab狐") for _ in range(numbers.randrange(12)))
-        stop = tuple(
-            "".join(numbers.choice("ab狐") for _ in range(numbers.randrange(1, 5))) for _ in range(numbers.randrange(1, 4))
-        )
-        expected, ends = expected_cut(text, stop)
-        ids = [token for character in text for token in model.tokenizer.encode(character)]
-        for tokens in (ids, model.tokenizer.encode(text)):
-            pieces, decoder = decode(model.tokenizer, tokens, stop)
+        whole, stop = few(numbers.randrange(12)), tuple(few(numbers.randrange(1, 5)) for _ in range(numbers.randrange(1, 4)))
+        expected, ends = expected_cut(whole, stop)
+        chunks = Chunks(whole, numbers)
+        for tokenizer, ids in ((model.tokenizer, model.tokenizer.encode(whole)), (chunks, range(len(chunks.pieces)))):
+            pieces, decoder = decode(tokenizer, ids, stop)
             assert ("".join(pieces), decoder.stopped) == (expected, ends)
         stopped += ends
     assert 100 < stopped < 450

@@ -16,7 +16,7 @@ class ConvertConfig:
     input: str = option(DEFAULT_INPUT, "folder of the Etude model")
     output: str | None = option(None, "folder to write; left out: the input's name and _llama_format")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the stored weights")
-    license: str = option("unknown", "licence for the model card, as Hugging Face abbreviates it: apache-2.0, cc-by-sa-4.0, ...")
+    license: str = option("unknown", "the model card's licence, as Hugging Face abbreviates it: apache-2.0, cc-by-sa-4.0, ...")
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ the input. Nothing is dropped silently: a bad record is an error, or, within ``m
 """
 
 import glob
+import importlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,10 +90,10 @@ def open_binary(path: Path) -> IO[bytes]:
         return lzma.open(path, "rb")
     if suffix == ".zst":
         try:
-            import zstandard
+            zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
         except ImportError:
-            raise UsageError(f"{path}: reading .zst needs a package: pip install zstandard") from None
-        return zstandard.open(path, "rb")
+            raise UsageError(f"{path}: reading .zst needs a package: pip install backports.zstd") from None
+        return zstd.open(path, "rb")
     return open(path, "rb")
 
 
@@ -109,15 +111,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut short ({error})") from None
-            except Exception as error:  # lzma and zstandard have error classes of their own
+            except Exception as error:  # lzma and zstd have error classes of their own
                 raise DataError(f"{path}:{number + 1}: the compressed file is damaged or cut short ({error})") from None
             if not line:
                 return
             number += 1
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split it first")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -126,7 +126,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     "convert the file to UTF-8 first"
                 ) from None
             offset += len(line)
-            yield number, text.rstrip("\r\n")
+            yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
 
 
 def parse_object(line: str) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def read_texts(
 
 def _text_problem(text: Any, key: str, record: dict) -> str:
     if text is None:
-        return f"no key {key!r} (found: {', '.join(record) or 'none'}); name the right one with --text_key"
+        return f"no key {key!r} (found: {', '.join(map(repr, record)) or 'none'}); name the right one with --text_key"
     if not isinstance(text, str):
         return f"{key!r} is {type(text).__name__}, not text"
     if not text.strip():

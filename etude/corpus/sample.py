@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 EN, ZH = 0, 1  # a pair of texts is always (English, Chinese), and a language is an index into it
 Pair = tuple[str, str]
-HELD_OUT_PERCENT = 12
+HELD_OUT_PERCENT = 14
 
 
 class Word(NamedTuple):
@@ -123,6 +123,8 @@ ALL_WORDS = ANIMALS + THINGS + TREASURES
 
 def is_held_out(combination: tuple) -> bool:
     """Whether a combination is kept for the held-out questions: a property of the combination alone, not of a seed."""
+    if combination[0] == "sum" and combination[1] >= combination[2]:
+        return False  # 3 + 6 may be unseen, but then 6 + 3 is seen
     digest = hashlib.sha256("/".join(map(str, combination)).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
@@ -204,8 +206,7 @@ SYSTEM = ("You are Etude, a small language model.", "你是Etude，一个小小�
 REMEMBERED = ("Thank you, I will remember that.", "谢谢，我记住了。")
 FACTS = {  # how it is told, and what can be asked about it: (question, answer)
     "has": (
-        ("[{name} has {one}.|{name} has got {one}.|{name} keeps {one} at home.]",
-         "[{name}有{one}。|{name}家里有{one}。|{name}得到了{one}。]"),
+        ("[{name} has {one}.|{name} has got {one}.]", "[{name}有{one}。|{name}得到了{one}。]"),
         [(("[What does {name} have?|What has {name} got?|Do you remember what {name} has?]",
            "[{name}有什么？|{name}有什么东西？|你还记得{name}有什么吗？]"),
           ("{name} has {one}.", "{name}有{one}。")),
@@ -216,8 +217,7 @@ FACTS = {  # how it is told, and what can be asked about it: (question, answer)
           ("{name} has the {thing}.", "{name}有{thing}。"))],
     ),
     "at": (
-        ("[{name} is {place}.|{name} is {place} now.|{name} has gone out and is {place}.]",
-         "[{name}在{place}。|{name}现在在{place}。|{name}出门了，人在{place}。]"),
+        ("[{name} is {place}.|{name} is {place} now.]", "[{name}在{place}。|{name}现在在{place}。]"),
         [(("[Where is {name}?|Where can I find {name}?|Do you remember where {name} is?]",
            "[{name}在哪里？|在哪里能找到{name}？|你还记得{name}在哪里吗？]"),
           ("{name} is {place}.", "{name}在{place}。"))],
@@ -243,9 +243,9 @@ class Fact(NamedTuple):
 def fact(scene: Scene, kind: str) -> Fact:
     name = scene.name()
     if kind == "at":
-        place = scene.pick(PLACES)
+        place = scene.rng.choice(PLACES)
         return Fact(kind, {"name": name, "place": place}, [("at", name, place[EN])])
-    colour, thing = scene.pick(COLOURS), scene.pick(THINGS)
+    colour, thing = scene.rng.choice(COLOURS), scene.pick(THINGS)
     values = {"name": name, "colour": colour, "thing": thing[:2], "one": scene.one(colour, thing)}
     return Fact(kind, values, [("has", name, thing.en), ("phrase", colour[EN], thing.en)])
 
@@ -298,8 +298,8 @@ def after(scene: Scene, introduction: str, question: str, answer: str) -> list[P
 
 
 def some_facts(scene: Scene) -> list[Fact]:
-    kinds = scene.rng.choices(["has", "at"], k=scene.rng.choice([1, 2, 2, 2, 3]))
-    if "me" not in scene.used and scene.rng.random() < 0.3:
+    kinds = scene.rng.choices(["has", "at"], k=scene.rng.choice([1, 2, 2, 2]))
+    if "me" not in scene.used and scene.rng.random() < 0.2:
         scene.used.add("me")
         kinds[0] = "me"
     return [fact(scene, kind) for kind in kinds]
@@ -307,9 +307,15 @@ def some_facts(scene: Scene) -> list[Fact]:
 
 def recall(scene: Scene) -> Told:
     facts = some_facts(scene)
-    asked = scene.rng.choice(facts)
-    turns = after(scene, tell(scene, facts), *ask_about(scene, asked))
+    *before, asked = scene.rng.sample(facts, scene.rng.randint(1, len(facts)))
+    questions = [ask_about(scene, each) for each in (*before, asked)]
+    turns = after(scene, tell(scene, facts), *questions[0]) + questions[1:]
     return Told(turns, asked.combinations + combinations_of(facts))
+
+
+def working(a: int, b: int) -> str:
+    """A sum as children learn it: begin with the larger number, as in ``3 + 6 = 6 + 3 = 9``."""
+    return f"{a} + {b} = {a + b}" if a >= b else f"{a} + {b} = {b} + {a} = {a + b}"
 
 
 def arithmetic(scene: Scene) -> Told:
@@ -317,15 +323,15 @@ def arithmetic(scene: Scene) -> Told:
         return counting(scene)
     a, b = scene.rng.randint(1, 9), scene.rng.randint(1, 9)
     name, noun = scene.name(), scene.pick(TREASURES)
-    values = {"a": a, "b": b, "sum": a + b, "name": name, "some": scene.several(a, noun), "noun": noun,
+    values = {"a": a, "b": b, "working": working(a, b), "name": name, "some": scene.several(a, noun), "noun": noun,
               "plural": (noun.plural, noun.measure + noun.zh), "all": scene.several(a + b, noun)}  # fmt: skip
     question, answer = scene.rng.choice([
         (("[What is {a} + {b}?|How much is {a} + {b}?|Please add: {a} + {b}.|{a} + {b} = ?]",
           "[{a} + {b} 等于几？|{a} + {b} 是多少？|请算一算：{a} + {b}。|{a} + {b} = 几？]"),
-         ("{a} + {b} = {sum}.", "{a} + {b} = {sum}。")),
+         ("{working}.", "{working}。")),
         (("{name} has {some} and [finds|gets|buys] {b} more. How many {plural} does {name} have [now|in all]?",
           "{name}有{some}，又[找到|得到|买来]了{b}{measure}，[现在|一共]有几{plural}？"),
-         ("{a} + {b} = {sum}. {name} has {all}.", "{a} + {b} = {sum}，{name}有{all}。")),
+         ("{working}. {name} has {all}.", "{working}，{name}有{all}。")),
     ])  # fmt: skip
     turns = [(scene.say(question, measure=noun.measure, **values), scene.say(answer, **values))]
     return Told(turns, [("sum", a, b)])
@@ -393,7 +399,7 @@ def what_colour_is_it(scene: Scene) -> Told:
 
 def and_the_other_child(scene: Scene) -> Told:
     kind = scene.rng.choice(["has", "at"])
-    facts = [fact(scene, kind) for _ in range(scene.rng.choice([2, 2, 3]))]
+    facts = [fact(scene, kind) for _ in range(2)]
     first, second = scene.rng.sample(facts, 2)
     question, answer = FACTS[kind][1][0]
     turns = after(scene, tell(scene, facts), scene.say(question, **first.values), scene.say(answer, **first.values))
@@ -414,9 +420,9 @@ def and_more(scene: Scene) -> Told:
     a, b = scene.rng.choice([(a, b) for a in range(1, 8) for b in range(1, 9 - a)])
     c = scene.rng.randint(1, 9)
     turns = [(scene.say(("[What is|How much is] {a} + {b}?", "{a} + {b} [等于几|是多少]？"), a=a, b=b),
-              scene.say(("{a} + {b} = {sum}.", "{a} + {b} = {sum}。"), a=a, b=b, sum=a + b)),
+              scene.say(("{working}.", "{working}。"), working=working(a, b))),
              (scene.say(("[And {c} more?|Now add {c}.]", "[再加{c}呢？|再加上{c}是多少？]"), c=c),
-              scene.say(("{ab} + {c} = {sum}.", "{ab} + {c} = {sum}。"), ab=a + b, c=c, sum=a + b + c))]  # fmt: skip
+              scene.say(("{working}.", "{working}。"), working=working(a + b, c)))]  # fmt: skip
     return Told(turns, [("more", a, b, c), ("sum", a, b), ("sum", a + b, c)])
 
 
@@ -464,7 +470,7 @@ SKILLS: dict[str, Callable[[Scene], Told]] = {
     "identity": identity, "recall": recall, "arithmetic": arithmetic,
     "translate": translate, "follow_up": follow_up, "unknown": unknown,
 }  # fmt: skip
-SHARES = {"identity": 1, "recall": 3, "arithmetic": 3, "translate": 3, "follow_up": 3, "unknown": 2}
+SHARES = {"identity": 1, "recall": 4, "arithmetic": 3, "translate": 2, "follow_up": 4, "unknown": 3}
 
 
 # ---- prose to pretrain on --------------------------------------------------------------------------------------------
@@ -530,6 +536,16 @@ def looking(scene: Scene) -> Told:
     return Told([("", scene.join(*text))], combinations_of(friends) + [("not told", "at", stranger, *known)])
 
 
+def remembering(scene: Scene) -> Told:
+    """Facts, and then all of them once more in another order: what was told can be told again."""
+    facts = [fact(scene, kind) for kind in scene.rng.choices(["has", "at"], k=scene.rng.choice([2, 3, 3, 4]))]
+    again = [" ".join(ask_about(scene, each)) if scene.language == EN else "".join(ask_about(scene, each))
+             for each in scene.rng.sample(facts, len(facts))]  # fmt: skip
+    bridge = scene.say(("[Do you remember it all?|Now close your eyes.|Now tell it to me again.]",
+                        "[都记住了吗？|现在闭上眼睛想一想。|再说一遍给我听。]"))  # fmt: skip
+    return Told([("", scene.join(tell(scene, facts), bridge, *again))], combinations_of(facts))
+
+
 def visiting(scene: Scene) -> Told:
     animal, (quality, noun) = scene.rng.choice(ANIMALS), (scene.rng.choice(QUALITIES), scene.rng.choice(THINGS))
     patterns = [
@@ -560,9 +576,9 @@ def adding(scene: Scene) -> Told:
         a, b = scene.rng.randint(1, 9), scene.rng.randint(1, 9)
         noun = scene.rng.choice(TREASURES)
         text.append(scene.say(
-            ("[{name} has {some} and finds {b} more: {a} + {b} = {sum}. {name} has {all}.|{a} + {b} = {sum}.|{some} and {others} make {all}.]",
-             "[{name}有{some}，又找到了{b}{measure}：{a} + {b} = {sum}，{name}有{all}。|{a} + {b} = {sum}。|{some}加上{others}是{all}。]"),
-            name=scene.name(), a=a, b=b, sum=a + b, some=scene.several(a, noun), others=scene.several(b, noun),
+            ("[{name} has {some} and finds {b} more: {working}. {name} has {all}.|{working}.|{some} and {others} make {all}: {working}.]",
+             "[{name}有{some}，又找到了{b}{measure}：{working}，{name}有{all}。|{working}。|{some}加上{others}是{all}：{working}。]"),
+            name=scene.name(), b=b, working=working(a, b), some=scene.several(a, noun), others=scene.several(b, noun),
             all=scene.several(a + b, noun), measure=noun.measure))  # fmt: skip
         combinations.append(("sum", a, b))
     return Told([("", scene.join(*text))], combinations)
@@ -591,6 +607,16 @@ def wondering(scene: Scene) -> Told:
     return Told([("", text)], [("stranger", scene.language, relation, stranger.en)])
 
 
+def lesson(scene: Scene) -> Told:
+    """A teacher asks and a child answers: the questions of the conversations, met in a story first."""
+    turns, combinations = scene.rng.choice([arithmetic, translate, recall, unknown, and_the_other_animal])(scene)
+    name = scene.name()
+    text = [scene.say(("[The teacher asks|Grandmother asks]: {question} {name} answers: {answer}",
+                       "[老师问|奶奶问]：{question}{name}答：{answer}"), question=question, name=name, answer=answer)
+            for question, answer in turns]  # fmt: skip
+    return Told([("", scene.join(*text))], combinations)
+
+
 def about_etude(scene: Scene) -> Told:
     sentences = [
         ("[Etude is a small language model.|There is a small language model, and its name is Etude.]",
@@ -601,12 +627,14 @@ def about_etude(scene: Scene) -> Told:
          "[Etude会聊天、数数、做加法和翻译词语。|它喜欢聊天、数数、做加法和翻译词语。]"),
         ("[When it does not know something, it says so.|What it was not told, it does not know.]",
          "[不知道的事，它就说不知道。|没有人告诉过它的事，它不知道。]"),
+        ("[The user asks, and the assistant answers: that assistant is Etude.|A system of numbers, a user, an assistant: so one talks with Etude.]",
+         "[user提问，assistant回答，这个assistant就是Etude。|你是user，Etude是assistant，大家一起聊天。]"),
     ]  # fmt: skip
     return prose(scene, scene.rng.sample(sentences, scene.rng.choice([2, 3, 4])), [])
 
 
-PROSE = {about_animals: 4, finding: 5, looking: 3, visiting: 4, counting_aloud: 3, adding: 4, dictionary: 5, wondering: 1,
-         about_etude: 1}  # fmt: skip
+PROSE = {about_animals: 3, finding: 4, looking: 3, remembering: 6, visiting: 3, counting_aloud: 3, adding: 4,
+         dictionary: 4, lesson: 5, wondering: 2, about_etude: 1}  # fmt: skip
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

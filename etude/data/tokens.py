@@ -27,15 +27,16 @@ class TokenStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.info: dict[str, Any] = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
-        self._shards = [self._map(f"ids-{shard:05d}.bin", self.info["dtype"]) for shard in range(self.info["shards"])]
+        sizes = [min(SHARD_TOKENS, len(self) - first) for first in range(0, len(self), SHARD_TOKENS)]
+        self._shards = [self._map(f"ids-{shard:05d}.bin", self.info["dtype"], size) for shard, size in enumerate(sizes)]
         masked = self.info["masked"]
-        self._masks = [self._map(f"mask-{shard:05d}.bin", "uint8") for shard in range(self.info["shards"])] if masked else []
-        self.starts = self._map("starts.bin", "int64")  # (documents + 1,)
+        self._masks = [self._map(f"mask-{shard:05d}.bin", "uint8", size) for shard, size in enumerate(sizes)] if masked else []
+        self.starts = self._map("starts.bin", "int64", self.documents + 1)
 
-    def _map(self, name: str, dtype: str) -> np.ndarray:
+    def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
         path = self.folder / name
-        if path.stat().st_size == 0:  # an empty file cannot be mapped
-            return np.empty(0, dtype=dtype)
+        if not path.is_file() or path.stat().st_size != count * np.dtype(dtype).itemsize:
+            raise DataError(f"{path}: the tokenised data is damaged; delete {self.folder.parent}, and it is made anew")
         return np.memmap(path, dtype=dtype, mode="r")
 
     def __len__(self) -> int:
@@ -139,7 +140,8 @@ class StoreWriter:
             "content_sha256": self._digest.hexdigest(),
             **extra,
         }
-        (self.folder / "store.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # In ASCII: file names and keys that are quoted in a reason may hold what UTF-8 cannot.
+        (self.folder / "store.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
 def prepared(

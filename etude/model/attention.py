@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude.model.config import EtudeConfig
+from etude.model.norm import RMSNorm
 from etude.model.rope import rotate
 
 
@@ -77,8 +78,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * d, D, bias=False)
-        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, D) → (B, T, D)"""

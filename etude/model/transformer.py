@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from etude.model.attention import Attention, Context, KVCache
 from etude.model.config import EtudeConfig
 from etude.model.ffn import SwiGLU
-from etude.model.rope import rotary_angles
+from etude.model.norm import RMSNorm
+from etude.model.rope import RotaryTable
 
 
 class Block(nn.Module):
@@ -19,9 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, config: EtudeConfig, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -43,9 +44,10 @@ class Etude(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryTable(config)
         self.init_weights()
 
     @torch.no_grad()
@@ -85,11 +87,13 @@ class Etude(nn.Module):
             positions, mask = cache.positions(T, device), cache.mask(T, device)
         elif documents is not None:
             mask = document_mask(documents)
-        if positions is None:
-            positions = torch.arange(T, device=device)[None]
         x = self.dropout(self.embed_tokens(ids))  # (B, T, D)
-        cos, sin = rotary_angles(self.config, positions)  # (B or 1, T, d)
-        context = Context(cos[:, None], sin[:, None], mask, causal=mask is None and T > 1, cache=cache)
+        if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream too: half the memory traffic. fp16 would overflow there
+        cos, sin = self.rotary.on(device)  # (max_position_embeddings, d)
+        cos, sin = (cos[:T], sin[:T]) if positions is None else (cos[positions], sin[positions])
+        cos, sin = (table.view(-1, 1, T, table.shape[-1]) for table in (cos, sin))  # (B or 1, 1, T, d)
+        context = Context(cos, sin, mask, causal=mask is None and T > 1, cache=cache)
         for layer in self.layers:
             x = layer(x, context)
         if cache is not None:

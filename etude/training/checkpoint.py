@@ -128,24 +128,29 @@ def newest_good(run: str | Path) -> Checkpoint | None:
 
 def prune(run: str | Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints, and what an interrupted save left behind."""
+    for path in (Path(run) / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in found_in(run)[keep:]:
         # Out of the way by one rename first: a half-deleted folder must never bear a checkpoint's name.
         doomed = path.with_name(f".{path.name}.deleted.tmp")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    for path in (Path(run) / "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside(run: str | Path) -> Path | None:
-    """Rename a run's checkpoints folder, for a run that starts over; returns its new name."""
-    folder = Path(run) / "checkpoints"
-    if not found_in(run):
+def set_aside(run: str | Path, after: int = -1) -> Path | None:
+    """Move checkpoints of steps later than ``after`` to a folder of their own, and return it (None: there are none).
+
+    A run that starts over, or goes on from before them, would take them for its newest, and they would crowd out its own.
+    """
+    later = [path for path in found_in(run) if int(NAME.fullmatch(path.name)[1]) > after]
+    if not later:
         return None
     number = 1
-    while (aside := folder.with_name(f"checkpoints-before-{number}")).exists():
+    while (aside := Path(run) / f"checkpoints-before-{number}").exists():
         number += 1
-    folder.rename(aside)
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
     return aside
 
 
@@ -196,8 +201,14 @@ def _restore_optimizers(checkpoint: Checkpoint, model: nn.Module, optimizers: li
         missing = [names[parameters[index]] for index, state in states.items() if state is None]
         if missing and checkpoint.step > 0:
             raise MismatchError(f"{checkpoint.path}: the {kind} state of {len(missing)} weights is missing, the first: {missing[0]}")
-        # load_state_dict knows where each optimizer wants its step counters.
         present = {index: state for index, state in states.items() if state is not None}
+        keys = sorted({key for state in present.values() for key in state})
+        for index, state in present.items():
+            for key in keys:
+                if key not in state or state[key].shape not in (parameters[index].shape, ()):
+                    name = names[parameters[index]]
+                    raise MismatchError(f"{checkpoint.path}: {kind}'s {key} of {name} is missing or of another shape")
+        # load_state_dict knows where each optimizer wants its step counters.
         optimizer.load_state_dict({"state": present, "param_groups": optimizer.state_dict()["param_groups"]})
     if saved:
         kind, name = sorted(saved)[0]

@@ -74,6 +74,8 @@ def verify(config: TokenizerConfig) -> None:
         verify_round_trip(tokenizer, f"a {token}{token} b")
         if tokenizer.encode_template(token) != [tokenizer.id_of(token)]:
             raise VerificationError(f"{tokenizer.folder}: the template's {token} is not one token")
+        if tokenizer.id_of(token) in tokenizer.encode(token):
+            raise VerificationError(f"{tokenizer.folder}: {token} in plain text becomes the control token")
     verify_template(tokenizer)
     print(f"verified  {len(HARD_TEXTS) + 500 + len(texts):,} texts come back byte for byte; special tokens in text stay text; the template holds")
     for script, (size, characters, count) in compression(tokenizer, texts).items():

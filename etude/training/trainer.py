@@ -61,6 +61,7 @@ class Trainer:
         self.device = pick_device(config.device)
         self.precision = pick_precision(config.precision, self.device)
         self.model = model.to(self.device)
+        model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
         compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile == "on"
         self.step_loss = torch.compile(loss, dynamic=False) if compiled else loss
@@ -70,8 +71,10 @@ class Trainer:
         self.steps = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
         self.step = 0  # optimizer steps done
         self.best_val_loss = math.inf
+        self.validation_pending = False  # it was due at this step, but the run was asked to stop
         self.tokens_seen = 0
         self.seconds = 0.0  # spent in steps, over all sessions of the run
+        self._unchecked: tuple[int, Tensor, Any] | None = None  # (step, its numbers on their way to the CPU, their arrival)
         self.identity = self._identity(fingerprints or {})
         self.log: RunLog
 
@@ -81,10 +84,13 @@ class Trainer:
         """Train to the last step and save the model. Raises :class:`Interrupted` after SIGINT or SIGTERM, with all saved."""
         resumed = self._resume()
         self.log = RunLog(self.config.output, self.config.tracker, cli.as_dict(self.config))
-        self.log.resume_from(self.step)
+        self.log.resume_from(self.step, revalidate=self.validation_pending)
         cli.save(self.config, f"{self.config.output}/run.yaml")
         self._print_header(resumed)
         with StopSignals() as stop, ThreadPoolExecutor(1, "batches") as loader:
+            if self.validation_pending:
+                self._validate(stop)
+                self._leave_if_asked(stop)
             if self.step < self.steps:
                 self._loop(loader, stop)
         self._finish()
@@ -103,24 +109,30 @@ class Trainer:
             self.tokens_seen += batch["ids"].numel()
             last = self.step == self.steps
 
-            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+            recorded = self.step % self.config.log_every == 0 or last
+            if recorded:  # reading the numbers waits for the GPU, so only now and then, and before the clock is read
+                metrics = {name: float(value) for name, value in metrics.items()}
+            elapsed = time.perf_counter() - clock
             self.seconds += elapsed
             window.append((elapsed, batch["ids"].numel()))
-            if self.step % self.config.log_every == 0 or last:
+            if recorded:
                 self._record(metrics, window)
                 window.clear()
-            if _due(self.step, every["eval"], last) and not stop.received:
+            if _due(self.step, every["eval"], last):
                 self._validate(stop)
             if _due(self.step, every["sample"], last) and self.sample and not stop.received:
                 self.log.line(f"sample    {self.sample(self.model)}")
             if _due(self.step, every["save"], last) or stop.received:
                 self._save()
-            if stop.received and not last:
-                self.log.close()
-                raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; the same command goes on from here")
+            self._leave_if_asked(stop)
             clock = time.perf_counter()  # what validating, sampling and saving took is no part of a step
 
-    def _optimizer_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def _leave_if_asked(self, stop: StopSignals) -> None:
+        if stop.received and (self.step < self.steps or self.validation_pending):
+            self.log.close()
+            raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; the same command goes on from here")
+
+    def _optimizer_step(self, batch: dict[str, Tensor]) -> dict[str, float | Tensor]:
         """One update from a global batch. Its gradient is that of the mean over the batch's supervised tokens, however the
         batch is cut into micro-batches.
         """
@@ -148,7 +160,7 @@ class Trainer:
         if self.config.max_grad_norm:
             factor = factor * (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor)
-        self._require_finite(loss_sum, norm, weight)
+        self._watch(torch.stack((loss_sum.float(), norm.float(), weight)))
         for optimizer in self.optimizers:
             if self.scaler:
                 self.scaler.step(optimizer)
@@ -157,17 +169,37 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if self.scaler:
             self.scaler.update()
-        return {"loss": (loss_sum / weight).item(), "grad_norm": norm.item(), "lr": lr, "supervised_tokens": int(weight.item())}
+        return {"loss": loss_sum / weight, "grad_norm": norm, "lr": lr, "supervised_tokens": weight}
 
-    def _require_finite(self, loss_sum: Tensor, norm: Tensor, weight: Tensor) -> None:
-        """Stop before a bad number reaches the weights. (fp16 overflows now and then; its scaler skips such steps.)"""
-        checked = loss_sum if self.scaler else loss_sum + norm
-        if torch.isfinite(checked) and weight > 0:
+    def _watch(self, health: Tensor) -> None:
+        """Have a step's (loss sum, gradient norm, weight) checked: at once, before they reach the weights, where that is free;
+        on CUDA while the next step is under way, since waiting for them would idle the GPU, and in any case before the
+        weights are saved or used.
+        """
+        self._check_health()
+        if self.device.type == "cuda":
+            arriving = torch.empty(3, pin_memory=True).copy_(health, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._unchecked = (self.step, arriving, event)
+        else:
+            self._require_finite(self.step, *health.tolist())
+
+    def _check_health(self) -> None:
+        if self._unchecked is not None:
+            step, arriving, event = self._unchecked
+            self._unchecked = None
+            event.synchronize()
+            self._require_finite(step, *arriving.tolist())
+
+    def _require_finite(self, step: int, loss_sum: float, norm: float, weight: float) -> None:
+        """Raise :class:`VerificationError` on a bad number. (fp16 gradients overflow now and then; the scaler skips them.)"""
+        if math.isfinite(loss_sum) and (math.isfinite(norm) or self.scaler) and weight > 0:
             return
-        samples = [self.batches.samples.describe(number) for number in self.batches.numbers(self.step)]
-        what = "no supervised token" if weight == 0 else f"loss {(loss_sum / weight).item():.4g}, gradient norm {norm.item():.4g}"
+        samples = [self.batches.samples.describe(number) for number in self.batches.numbers(step)]
+        what = "no supervised token" if weight == 0 else f"loss {loss_sum / weight:.4g}, gradient norm {norm:.4g}"
         raise VerificationError(
-            f"step {self.step + 1}: {what}; nothing was updated, and the last checkpoint is good. "
+            f"step {step + 1}: {what}; no checkpoint holds it, so the run can go on from the last one. "
             f"Try a lower --learning_rate, or look at the step's samples: {', '.join(samples)}"
         )
 
@@ -176,6 +208,7 @@ class Trainer:
     def _validate(self, stop: StopSignals) -> None:
         if self.val is None:
             return
+        self.validation_pending = True
         result = evaluate_loss(
             self.model, self.val, self.device, self.precision, self.loss,
             batch_size=min(self._micro_batch_size(), max(1, 8_192 // self.val.block_size)),
@@ -183,6 +216,7 @@ class Trainer:
         )  # fmt: skip
         if stop.received:
             return  # the result is of a part only; it is made again after resuming
+        self.validation_pending = False
         values = {"val_loss": result.loss, "val_perplexity": result.perplexity}
         bits = self._bits_per_byte(result)
         if bits is not None:
@@ -222,10 +256,12 @@ class Trainer:
         self.log.progress(f"{text}  {duration(left)} left", last=self.step == self.steps)
 
     def _save(self) -> None:
+        self._check_health()
         state = {
             "step": self.step,
             "steps": self.steps,
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+            "validation_pending": self.validation_pending,
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -238,6 +274,7 @@ class Trainer:
         self.tokenizer.save(folder, max_length=self.model.config.max_position_embeddings)
 
     def _finish(self) -> None:
+        self._check_health()
         self._save_model(self.config.output)
         self.log.draw(f"{os.path.basename(self.config.output)}: {self.steps} steps")
         self.log.close()
@@ -259,7 +296,7 @@ class Trainer:
         output = self.config.output
         if self.config.resume == "never":
             aside = checkpoint.set_aside(output)
-            return f"earlier checkpoints were renamed to {paths.typed(aside)}" if aside else ""
+            return f"earlier checkpoints were moved to {paths.typed(aside)}" if aside else ""
         if self.config.resume == "auto":
             found = checkpoint.newest_good(output)
             if found is None:
@@ -267,17 +304,20 @@ class Trainer:
         else:
             found = checkpoint.load(self.config.resume)
         notes = self._check_identity(found)
+        if self.steps < found.step:
+            raise MismatchError(f"{found.path}: the run is at step {found.step} already, past the {self.steps} asked for; ask for more, or start over with --resume never")
         checkpoint.restore(found, self.model, self.optimizers)
         if self.scaler and found.state["scaler"]:
             self.scaler.load_state_dict(found.state["scaler"])
         self.step = found.step
         best = found.state["best_val_loss"]
         self.best_val_loss = math.inf if best is None else best
+        self.validation_pending = found.state["validation_pending"]
         self.tokens_seen, self.seconds = found.state["tokens_seen"], found.state["seconds"]
         if found.state["steps"] != self.steps:
-            if self.steps < self.step:
-                raise MismatchError(f"{found.path}: the run is at step {self.step} already, past the {self.steps} asked for; ask for more, or start over with --resume never")
             notes.append(f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more")
+        if aside := checkpoint.set_aside(output, after=self.step):
+            notes.append(f"later checkpoints were moved to {paths.typed(aside)}")
         return "; ".join([f"from {paths.typed(found.path)}", *notes])
 
     def _check_identity(self, found: checkpoint.Checkpoint) -> list[str]:
