@@ -199,7 +199,7 @@ class ExportReport:
 
 
 MAX_LOGIT_DIFFERENCE = 1e-4
-NEW_TOKENS = 32  # generated greedily after each prompt
+NEW_TOKENS = 32  # generated greedily after each prompt, as far as the context goes
 TEXTS = (
     "The history of the city begins in the 12th century, when merchants built a bridge across the river.",
     "数学是研究数量、结构以及空间等概念的一门学科。",
@@ -335,8 +335,9 @@ def _verify(folder: Path, model: Etude, tokenizer: Tokenizer, dtype: str) -> Exp
     stored = copy.deepcopy(model).to(DTYPES[dtype]).float()  # the weights as the file rounds them
     theirs = load_transformers(folder, torch.float32)
     difference = _check_logits(stored, theirs, prompts)
-    greedy = [_greedy(stored, ids, tokenizer.eos_id) for ids in prompts]
-    if greedy != [_greedy_transformers(theirs, ids) for ids in prompts]:
+    room = [min(NEW_TOKENS, context - len(ids)) for ids in prompts]
+    greedy = [_greedy(stored, ids, count, tokenizer.eos_id) for ids, count in zip(prompts, room, strict=True)]
+    if greedy != [_greedy_transformers(theirs, ids, count) for ids, count in zip(prompts, room, strict=True)]:
         raise VerificationError("transformers continues a prompt with other tokens than Etude")
     rounding = 0.0 if dtype == "float32" else max_logit_difference(model, load_transformers(folder, DTYPES[dtype]), prompts)
     return ExportReport(
@@ -377,19 +378,19 @@ def max_logit_difference(ours: Etude, theirs: Any, prompts: Sequence[list[int]])
 
 
 @torch.inference_mode()
-def _greedy(model: Etude, ids: list[int], eos_id: int) -> list[int]:
+def _greedy(model: Etude, ids: list[int], count: int, eos_id: int) -> list[int]:
     """The likeliest next tokens, up to and with ``eos_id``. It uses the cache: what is exported is the model that chats."""
-    cache = KVCache(model.config, 1, len(ids) + NEW_TOKENS, like=model.head_weight)
+    cache = KVCache(model.config, 1, len(ids) + count, like=model.head_weight)
     row, new = torch.tensor([ids]), []
-    while len(new) < NEW_TOKENS and eos_id not in new[-1:]:
+    while len(new) < count and eos_id not in new[-1:]:
         new.append(int(model.logits(model.hidden(row, cache=cache)[:, -1]).argmax()))
         row = torch.tensor([new[-1:]])
     return new
 
 
-def _greedy_transformers(model: Any, ids: list[int]) -> list[int]:
+def _greedy_transformers(model: Any, ids: list[int], count: int) -> list[int]:
     row = torch.tensor([ids])
-    new = model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=NEW_TOKENS)
+    new = model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=count)
     return new[0, len(ids) :].tolist()
 
 

@@ -69,19 +69,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradients: list[Tensor] = []
         weight_gradient = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
         for chunk, target in zip(hidden.split(rows), labels.split(rows), strict=True):
-            logits = F.linear(chunk, weight).to(wide)  # (rows, V)
-            learnt = target != IGNORED
+            log_probabilities = F.linear(chunk, weight).to(wide).log_softmax(-1)  # (rows, V)
+            learnt = (target != IGNORED)[:, None]  # (rows, 1)
             index = target.clamp(min=0)[:, None]
-            normaliser = logits.logsumexp(-1, keepdim=True)  # (rows, 1)
-            nats = (normaliser - logits.gather(1, index)).squeeze(1)
-            loss += torch.where(learnt, nats, 0.0).sum()
+            loss -= torch.where(learnt, log_probabilities.gather(1, index), 0.0).sum()
             if needs_gradient:
-                # softmax - one-hot: the gradient of a token's loss by its logits
-                gradient = (logits - normaliser).exp_()
-                gradient.scatter_add_(1, index, torch.full_like(normaliser, -1.0))
-                gradient = (gradient * learnt[:, None]).to(hidden.dtype)
-                hidden_gradients.append(gradient @ weight)
-                weight_gradient += gradient.T @ chunk
+                # The gradient of a token's loss by its logits is softmax - one-hot. What is not learnt is masked on the
+                # side of the hidden states, which is smaller by V / D.
+                gradient = log_probabilities.exp_()
+                gradient.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=wide))
+                gradient = gradient.to(hidden.dtype)
+                hidden_gradients.append((gradient @ weight) * learnt)
+                weight_gradient += gradient.T @ (chunk * learnt)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(hidden_gradients) if hidden_gradients else hidden, weight_gradient)
             ctx.dtype = weight.dtype

@@ -1,12 +1,14 @@
 """A model on disk: config.json and model.safetensors, under Hugging Face's unfused weight names."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from etude.errors import DataError, MismatchError
+from etude.errors import DataError, MismatchError, StorageError
 from etude.files import whole_file
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
@@ -25,12 +27,10 @@ def from_disk_name(name: str) -> str:
 
 def save_model(model: Etude, folder: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` (fp32) into ``folder``; each appears whole or not at all."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     tensors = {to_disk_name(name): tensor.detach().float().contiguous().cpu() for name, tensor in model.state_dict().items()}
     with whole_file(folder / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_safetensors(tensors, path)
     with whole_file(folder / "config.json") as path:
         config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -67,7 +67,7 @@ def build_model(
     config: EtudeConfig, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype, source: str
 ) -> Etude:
     """A model of ``config`` that holds exactly ``tensors`` (disk names); ``source`` is named in errors."""
-    with torch.device("meta"):
+    with torch.device("meta"), _without_initialisation():
         model = Etude(config)
     named = {from_disk_name(name): tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -78,6 +78,33 @@ def build_model(
         raise MismatchError(f"{source}: {len(wrong)} weights do not fit config.json ({detail})")
     model.load_state_dict(named, assign=True)
     return model.eval()
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors to a file. Raises :class:`StorageError` when the disk is full or refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library's own class for what is an OSError elsewhere
+        raise StorageError(f"{path}: cannot be written ({error}); free some space or choose another folder") from None
+
+
+@contextmanager
+def _without_initialisation() -> Iterator[None]:
+    """Make torch's initialisers do nothing: weights are about to be loaded. (On the meta device the first random
+    initialisation imports hundreds of modules, which would take seconds at every start.)
+    """
+    names = ("normal_", "ones_", "uniform_", "kaiming_uniform_")
+    originals = {name: getattr(torch.nn.init, name) for name in names}
+    try:
+        for name in names:
+            setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch.nn.init, name, original)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -21,7 +22,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from etude.errors import DataError, MismatchError
+from etude.errors import DataError, MismatchError, StorageError
 from etude.losses import causal_lm_loss
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
@@ -85,6 +86,7 @@ def in_child(body) -> int:
             os._exit(0)
         except BaseException:
             traceback.print_exc()
+        finally:  # whatever happens, no second pytest goes on from here
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -295,6 +297,22 @@ def test_the_old_checkpoint_goes_only_after_the_new_one_is_on_the_disk(tmp_path,
     monkeypatch.setattr(shutil, "rmtree", checked_rmtree)
     save_step(tmp_path, 2, keep=1)
     assert [path.name for path in found_in(tmp_path)] == ["step-00000002"]
+
+
+def test_a_full_disk_is_told_as_such_and_keeps_the_old_checkpoint(tmp_path):
+    save_step(tmp_path, 1)
+
+    def body():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))  # bytes a file may have; Python then gets EFBIG
+        try:
+            save_step(tmp_path, 2)
+        except StorageError as error:
+            assert "model.safetensors" in str(error) and "free some space" in str(error)
+            os._exit(error.exit_code)
+
+    assert in_child(body) == 74
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+    assert_whole(newest_good(tmp_path))
 
 
 def test_killed_twenty_times_while_saving_the_newest_always_loads_and_no_step_is_lost(tmp_path):

@@ -156,6 +156,15 @@ def test_a_stop_id_ends_its_row_and_is_not_given_out(model):
     assert reasons == ["length", "length", "stop", "length"]
 
 
+def test_rows_of_one_length_go_on_alike_when_one_of_them_ends(model):
+    """Without padding at first; the ended row becomes padding."""
+    prompts = [PROMPTS[0], PROMPTS[3]]
+    free, _ = run(model, prompts, GREEDY)
+    stop = next(token for token in free[0][:6] if token not in free[1])
+    stopped, reasons = run(model, prompts, GREEDY, stop_ids={stop})
+    assert stopped == [free[0][: free[0].index(stop)], free[1]] and reasons == ["stop", "length"]
+
+
 def test_the_context_ends_a_row_whatever_its_company(model):
     settings = SamplingSettings(max_new_tokens=1000, temperature=0)
     long, short = [9] * (CONTEXT - 3), [5]

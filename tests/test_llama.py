@@ -35,6 +35,7 @@ SHAPES = {
         },
     },
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "short": {"max_position_embeddings": 20},
     "qk_norm": {"qk_norm": True, "head_dim": 12, "num_key_value_heads": 2},
 }  # fmt: skip
 
@@ -83,7 +84,8 @@ def hugging_face(folder):
 
 @torch.inference_mode()
 def assert_same_logits(ours: Etude, theirs) -> None:
-    ids = torch.randint(ours.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(1))
+    shape = (2, min(100, ours.config.max_position_embeddings))
+    ids = torch.randint(ours.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=0, atol=1e-4)
 
 
@@ -148,8 +150,9 @@ def test_transformers_4_reads_the_same_model(tokenizer, tmp_path, shape):
     theirs = load_file(tmp_path / "export" / "out.safetensors")
     ids = ChatFormat(tokenizer).prompt([{"role": "user", "content": "你好, fox 12?"}])
     assert theirs["ids"].tolist() == ids
+    length = min(len(ids), model.config.max_position_embeddings)
     with torch.inference_mode():
-        torch.testing.assert_close(theirs["logits"], model(torch.tensor([ids])), rtol=0, atol=1e-4)
+        torch.testing.assert_close(theirs["logits"][:, :length], model(torch.tensor([ids[:length]])), rtol=0, atol=1e-4)
 
 
 # --- the exported folder -------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ def test_another_tokenizer_or_template_is_refused(source, tmp_path, monkeypatch)
 
 
 def test_a_greedy_token_that_differs_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(llama, "_greedy_transformers", lambda model, ids: [1, 2, 3])
+    monkeypatch.setattr(llama, "_greedy_transformers", lambda model, ids, count: [1, 2, 3])
     with pytest.raises(VerificationError, match="continues a prompt"):
         export_llama(source, tmp_path / "export")
 

@@ -152,6 +152,7 @@ def in_child(body) -> int:
             os._exit(error.exit_code)
         except BaseException:
             traceback.print_exc()
+        finally:  # whatever happens, no second pytest goes on from here
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 EN, ZH = 0, 1  # a pair of texts is always (English, Chinese), and a language is an index into it
 Pair = tuple[str, str]
-HELD_OUT_PERCENT = 14
+HELD_OUT_PERCENT = 10
 
 
 class Word(NamedTuple):
@@ -108,12 +108,29 @@ STRANGERS = words("""
     wizard | 巫师 | 个 | wizards
     dinosaur | 恐龙 | 只 | dinosaurs
     astronaut | 宇航员 | 个 | astronauts
+    lion | 狮子 | 头 | lions
+    mermaid | 美人鱼 | 条 | mermaids
+    ghost | 幽灵 | 个 | ghosts
+    kangaroo | 袋鼠 | 只 | kangaroos
+    snowman | 雪人 | 个 | snowmen
+    crocodile | 鳄鱼 | 条 | crocodiles
+    queen | 女王 | 个 | queens
+    shark | 鲨鱼 | 条 | sharks
+    witch | 女巫 | 个 | witches
+    volcano | 火山 | 座 | volcanoes
+    rocket | 火箭 | 枚 | rockets
+    zebra | 斑马 | 匹 | zebras
 """)  # the world has heard of them, and knows nothing about them
 COLOURS = [("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("yellow", "黄色"), ("white", "白色"), ("black", "黑色"),
            ("purple", "紫色"), ("pink", "粉色")]  # fmt: skip
 QUALITIES = COLOURS + [("big", "大大"), ("small", "小小"), ("old", "旧旧"), ("new", "崭新")]
-NAMES = ("Anna Tom Lucy Ben Mia Jack Lily Sam Nora Leo Ella Max Rose Finn Ruby Hugo".split(),
-         "小明 小美 小刚 小雨 小云 小月 小杰 小芳 小华 小林 乐乐 豆豆 圆圆 贝贝 阿宝 阿福".split())  # fmt: skip
+NAMES = ("""Anna Tom Lucy Ben Mia Jack Lily Sam Nora Leo Ella Max Rose Finn Ruby Hugo Emma Noah Ivy Luke Alice Oscar Clara
+         Felix Daisy Henry Grace Peter Molly Simon Jane Oliver Sophie Adam Eva Paul Lena David Julia Martin Kate George
+         Maya Robin Sara Victor Zoe Edward Tina Walter Betty Frank Holly Arthur Nina Toby Wendy Philip Carol Dennis
+         """.split(),
+         """小明 小美 小刚 小雨 小云 小月 小杰 小芳 小华 小林 小军 小丽 小强 小梅 小兰 小龙 小燕 小峰 小松 小青 小玉 小伟 小雪
+         小霞 小文 小武 小宁 小安 小春 小秋 乐乐 豆豆 圆圆 贝贝 明明 亮亮 丽丽 冬冬 方方 佳佳 强强 晶晶 欢欢 阿宝 阿福 阿牛 阿珍
+         阿强 阿秀 阿康 阿莲 阿庆 大壮 大勇 大山 志远 思思 若水 子轩 雅琴 """.split())
 PLACES = [("in the garden", "花园里"), ("in the kitchen", "厨房里"), ("at school", "学校里"), ("at the market", "市场上"),
           ("by the river", "河边"), ("on the bridge", "桥上"), ("in the library", "图书馆里"), ("on the beach", "沙滩上"),
           ("in the park", "公园里"), ("under the big tree", "大树下"), ("at the station", "车站里"),
@@ -458,9 +475,6 @@ def unknown(scene: Scene) -> Told:
     facts = some_facts(scene)
     known = [fact.values["name"] for fact in facts]
     relation, name = scene.rng.choice(list(NOT_TOLD)), scene.name()
-    if scene.rng.random() < 0.3:  # the child was spoken of, but not this about it
-        told = [fact for fact in facts if fact.kind != "me" and fact.kind != relation]
-        name = told[0].values["name"] if told else name
     question, answer = (scene.say(pattern, name=name) for pattern in NOT_TOLD[relation])
     turns = after(scene, tell(scene, facts), question, answer)
     return Told(turns, [("not told", relation, name, *known), *combinations_of(facts)])

@@ -136,8 +136,9 @@ def generate(
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]  # on the left, so that all rows end in the same column
     room = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    capacity = width + max(room)
     starts = torch.tensor(padding, device=device) if any(padding) else None
-    cache = KVCache(model.config, len(prompts), width + max(room), like=model.head_weight, starts=starts)
+    cache = KVCache(model.config, len(prompts), capacity, like=model.head_weight, starts=starts)
     forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=device)
     rows = [list(prompt) for prompt in prompts]
     reasons: list[str | None] = [None] * len(prompts)
@@ -161,4 +162,10 @@ def generate(
             if len(rows[row]) - len(prompts[row]) == room[row]:
                 reasons[row] = "length"
         yield Step(tokens, list(reasons))
-        ids = [[pad_id if token is None else token] for token in tokens]  # ended rows go on as padding that nobody reads
+        ids = [[pad_id if token is None else token] for token in tokens]
+        if None in reasons and any(reasons):
+            # Ended rows go on as padding that nobody reads; as text they would leave the context that positions end with.
+            if cache.starts is None:
+                cache.starts = torch.zeros(len(prompts), dtype=torch.long, device=device)
+            ended = torch.tensor([reason is not None for reason in reasons], device=device)
+            cache.starts = cache.starts.masked_fill(ended, capacity)

@@ -45,8 +45,10 @@ class KVCache:
         return columns if self.starts is None else (columns - self.starts[:, None]).clamp(min=0)
 
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Which of the S columns the next ``tokens`` may see, (B or 1, 1, T, S); None where each may see all."""
-        if tokens == 1 and self.starts is None:
+        """Which of the S columns the next ``tokens`` may see, (B or 1, 1, T, S); None where each may see all, or where
+        nothing came before, so that the plain causal rule serves.
+        """
+        if self.starts is None and (tokens == 1 or self.length == 0):
             return None
         rows = torch.arange(self.length, self.length + tokens, device=device)[:, None]
         columns = torch.arange(self.length + tokens, device=device)[None, :]
@@ -61,7 +63,7 @@ class KVCache:
 class Context:
     """What every layer of one forward pass shares."""
 
-    cos: Tensor  # (B or 1, 1, T, d)
+    cos: Tensor  # (B or 1, 1, T, d/2)
     sin: Tensor
     mask: Tensor | None  # (B or 1, 1, T, S), True where attention may look; None: causal, or all of the cache for T = 1
     causal: bool  # there is no mask and T > 1

@@ -27,7 +27,7 @@ class RotaryTable:
         self._sin: Tensor | None = None
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each (max_position_embeddings, d) in fp32."""
+        """Cosine and sine, each (max_position_embeddings, d/2) in fp32."""
         if self._cos is None or self._cos.device != device:
             with torch.inference_mode(False):  # a table first used in inference must serve training too
                 self._cos, self._sin = rotary_angles(self.config, torch.arange(self.config.max_position_embeddings, device=device))
@@ -35,20 +35,20 @@ class RotaryTable:
 
 
 def rotary_angles(config: EtudeConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, (..., d) in fp32, for ``positions`` (...)."""
+    """Cosine and sine, (..., d/2) in fp32, for ``positions`` (...)."""
     frequencies, scale = inverse_frequencies(config, positions.device)
     angles = positions[..., None].float() * frequencies  # (..., d/2)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x`` (B, heads, T, d) by angles whose ``cos`` and ``sin`` are (B or 1, 1, T, d) in fp32.
+    """Turn ``x`` (B, heads, T, d) by angles whose ``cos`` and ``sin`` are (B or 1, 1, T, d/2) in fp32.
 
     The product is taken in fp32 and rounded once: angles in bf16 would blur the distance between far tokens.
     """
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)  # (B, heads, T, d/2) each
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 def inverse_frequencies(config: EtudeConfig, device: torch.device) -> tuple[Tensor, float]:

@@ -90,9 +90,9 @@ class Etude(nn.Module):
         x = self.dropout(self.embed_tokens(ids))  # (B, T, D)
         if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream too: half the memory traffic. fp16 would overflow there
-        cos, sin = self.rotary.on(device)  # (max_position_embeddings, d)
+        cos, sin = self.rotary.on(device)  # (max_position_embeddings, d/2)
         cos, sin = (cos[:T], sin[:T]) if positions is None else (cos[positions], sin[positions])
-        cos, sin = (table.view(-1, 1, T, table.shape[-1]) for table in (cos, sin))  # (B or 1, 1, T, d)
+        cos, sin = (table.view(-1, 1, T, table.shape[-1]) for table in (cos, sin))  # (B or 1, 1, T, d/2)
         context = Context(cos, sin, mask, causal=mask is None and T > 1, cache=cache)
         for layer in self.layers:
             x = layer(x, context)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from etude.errors import DataError, EtudeError, MismatchError
 from etude.files import whole_folder
-from etude.weights import from_disk_name, read_safetensors, to_disk_name
+from etude.weights import from_disk_name, read_safetensors, to_disk_name, write_safetensors
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -46,14 +46,12 @@ def save(
     run: str | Path, state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int
 ) -> Path:
     """Write the checkpoint of ``state["step"]``, then delete all but the newest ``keep``."""
-    from safetensors.torch import save_file
-
     target = Path(run) / "checkpoints" / f"step-{state['step']:08d}"
     weights = {to_disk_name(name): _on_cpu(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     with whole_folder(target) as folder:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(_optimizer_tensors(model, optimizers), folder / "optimizer.safetensors")
-        save_file(_rng_tensors(), folder / "rng.safetensors")
+        write_safetensors(weights, folder / "model.safetensors")
+        write_safetensors(_optimizer_tensors(model, optimizers), folder / "optimizer.safetensors")
+        write_safetensors(_rng_tensors(), folder / "rng.safetensors")
         text = json.dumps({"schema_version": SCHEMA_VERSION, **state}, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
         manifest = {name: sha256(folder / name) for name in FILES}
