@@ -56,7 +56,7 @@ class RunLog:
         validation of ``step`` itself.
         """
         records = read_metrics(self.path) if self.path.exists() else []
-        kept = [r for r in records if r["step"] < step or r["step"] == step and not (revalidate and "val_loss" in r)]
+        kept = [r for r in records if r["step"] < step or (r["step"] == step and not (revalidate and "val_loss" in r))]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, self.path)

@@ -44,7 +44,9 @@ def test_the_fine_points_of_dialects():
     assert to_messages({"system": "S", "conversations": own}) == turns("Mine", "Hi", "Ho", first="system")
     assert to_messages({"system": "", "conversations": talk}) == turns("Hi", "Ho")
     for name, role in ROLE_OF.items():
-        assert to_messages({"messages": [{"role": name, "content": " kept as it is \n"}]}) == [{"role": role, "content": " kept as it is \n"}]
+        assert to_messages({"messages": [{"role": name, "content": " kept as it is \n"}]}) == [
+            {"role": role, "content": " kept as it is \n"}
+        ]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,10 @@ def test_the_fine_points_of_dialects():
         ({"messages": "Hi"}, "the conversation is empty or not a list"),
         ({"messages": ["Hi"]}, "turn 1 is not an object"),
         ({"messages": [{"role": "user", "content": "Hi"}, None]}, "turn 2 is not an object"),
-        ({"messages": [{"content": "Hi"}]}, "turn 1: unknown role None; known: system, user, human, assistant, gpt, chatgpt, bot"),
+        (
+            {"messages": [{"content": "Hi"}]},
+            "turn 1: unknown role None; known: system, user, human, assistant, gpt, chatgpt, bot",
+        ),
         ({"messages": [{"role": "tool", "content": "Hi"}]}, "turn 1: unknown role 'tool'"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, r"turn 1: unknown role \['user'\]"),
         ({"messages": [{"role": "user"}]}, "turn 1: its content is NoneType, not text"),
@@ -215,7 +220,9 @@ def assert_spans_are_the_replies(tokenizer: Tokenizer, chat: EncodedChat, messag
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
     assert len(chat.mask) == len(chat.ids)
     assert [tokenizer.decode(chat.ids[start:stop]) for start, stop in spans(chat)] == [reply + TURN_END for reply in replies]
-    assert [chat.ids[start:stop] for start, stop in spans(chat)] == [[*tokenizer.encode(reply), tokenizer.eos_id] for reply in replies]
+    assert [chat.ids[start:stop] for start, stop in spans(chat)] == [
+        [*tokenizer.encode(reply), tokenizer.eos_id] for reply in replies
+    ]
     assert chat.ends == [stop for _, stop in spans(chat)]
 
 
@@ -272,7 +279,9 @@ LOOP = "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' + CONTENT
 def test_a_template_that_rewrites_contents_is_found_out(tokenizer_folder, tmp_path):
     plain = with_template(tokenizer_folder, tmp_path, LOOP.replace("CONTENT", "m['content']").replace("END", "'<|im_end|>'"))
     plain.verify(turns(" spaced ", "Ho "))
-    strips = with_template(tokenizer_folder, tmp_path, LOOP.replace("CONTENT", "m['content'] | trim").replace("END", "'<|im_end|>'"))
+    strips = with_template(
+        tokenizer_folder, tmp_path, LOOP.replace("CONTENT", "m['content'] | trim").replace("END", "'<|im_end|>'")
+    )
     strips.verify(turns("Hi", "Ho"))
     with pytest.raises(DataError, match="the chat template rewrites contents"):
         strips.verify(turns(" spaced ", "Ho "))
@@ -289,7 +298,11 @@ def test_a_template_without_end_tokens_has_none_to_learn(tokenizer_folder, tmp_p
     "template, error, message",
     [
         (LOOP.replace("CONTENT", "''").replace("END", "''"), DataError, r"leaves out a message \(roles: user, assistant\)"),
-        ("{{ raise_exception('no system turn, please') }}", DataError, "the chat template refuses this conversation: no system turn"),
+        (
+            "{{ raise_exception('no system turn, please') }}",
+            DataError,
+            "the chat template refuses this conversation: no system turn",
+        ),
         ("{% for %}", DataError, "the chat template refuses this conversation"),
         (None, MismatchError, "no chat template, so it cannot be used for chat or SFT"),
     ],

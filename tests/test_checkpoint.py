@@ -91,7 +91,7 @@ def in_child(body) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-# ---- a round trip ---------------------------------------------------------------------------------------------------------
+# ---- a round trip -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
         load(path)
 
 
-# ---- crashes --------------------------------------------------------------------------------------------------------------
+# ---- crashes ------------------------------------------------------------------------------------------------------------
 
 
 def save_step(run: Path, step: int, keep: int = 2) -> Path:
@@ -346,7 +346,7 @@ def test_killed_twenty_times_while_saving_the_newest_always_loads_and_no_step_is
     assert left == []
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------------
+# ---- damage -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def test_damage_is_found_named_and_answered_with_the_checkpoint_before(two, tmp_
             with pytest.raises(DataError) as caught:
                 load(path)
             # A digest changed in the manifest accuses the file it is of; which of the two is wrong cannot be told.
-            assert str(path / name) in str(caught.value) or name == MANIFEST and str(path) in str(caught.value), what
+            assert str(path / name) in str(caught.value) or (name == MANIFEST and str(path) in str(caught.value)), what
             capsys.readouterr()
             found = newest_good(run)
             assert found.step == 1
@@ -418,7 +418,7 @@ def test_a_run_without_checkpoints_has_none(tmp_path):
     assert newest_good(tmp_path) is None and set_aside(tmp_path) is None
 
 
-# ---- which is newest, and which go ------------------------------------------------------------------------------------------
+# ---- which is newest, and which go --------------------------------------------------------------------------------------
 
 
 def test_order_is_by_number_and_other_names_are_left_alone(tmp_path):
@@ -452,7 +452,7 @@ def test_starting_over_renames_and_never_overwrites(tmp_path):
     assert_whole(load(tmp_path / "checkpoints-before-2" / "step-00000002"))
 
 
-# ---- nothing that is loaded can execute code ----------------------------------------------------------------------------------
+# ---- nothing that is loaded can execute code ----------------------------------------------------------------------------
 
 
 class Bomb:
@@ -490,7 +490,7 @@ def test_a_pickle_under_a_safetensors_name_is_refused_and_never_run(tmp_path, by
     with pytest.raises(DataError, match=r"model\.safetensors"):
         load_model(tmp_path / "model")
     assert not canary.exists()
-    pickle.loads(pickle.dumps(Bomb(canary)))
+    pickle.loads(pickle.dumps(Bomb(canary)))  # noqa: S301
     assert canary.exists()  # the bomb does work
 
 

@@ -43,7 +43,8 @@ def refusal(path, **options) -> str:
 def test_lines_are_numbered_and_unchanged(tmp_path):
     data = "first\r\n\n  春 \u2028\x0b\x85 same line \nNULs\x00 too\rstill here\n\ufeffnot at the start\nlast".encode()
     assert list(read_lines(write(tmp_path / "a.txt", data))) == [
-        (1, "first"), (2, ""), (3, "  春 \u2028\x0b\x85 same line "), (4, "NULs\x00 too\rstill here"), (5, "\ufeffnot at the start"), (6, "last"),
+        (1, "first"), (2, ""), (3, "  春 \u2028\x0b\x85 same line "), (4, "NULs\x00 too\rstill here"),
+        (5, "\ufeffnot at the start"), (6, "last"),
     ]  # fmt: skip
     assert list(read_lines(write(tmp_path / "empty.txt", b""))) == []
     assert list(read_lines(write(tmp_path / "end.txt", b"one\n"))) == [(1, "one")]
@@ -62,7 +63,9 @@ def test_a_byte_that_is_not_utf_8_is_named_by_line_and_offset(tmp_path, bom, bef
     data = bom + before.encode() + b"ab\xff\xfe cd\nmore\n"
     line, offset = data[: data.index(0xFF)].count(b"\n") + 1, data.index(0xFF)
     path = write(tmp_path / "a.jsonl", data)
-    with pytest.raises(DataError, match=rf"{path}:{line}: not UTF-8 \(byte 0xff at offset {offset}\); convert the file to UTF-8 first"):
+    with pytest.raises(
+        DataError, match=rf"{path}:{line}: not UTF-8 \(byte 0xff at offset {offset}\); convert the file to UTF-8 first"
+    ):
         list(read_lines(path))
 
 
@@ -106,7 +109,9 @@ def test_compressed_files_are_read_whole(tmp_path, suffix):
 
 def damaged_everywhere(packed: bytes) -> list[bytes]:
     cuts = [packed[: len(packed) * share // 8] for share in range(1, 8)] + [packed[:-1]]
-    flips = [packed[:at] + bytes([packed[at] ^ 0x55]) + packed[at + 1 :] for at in range(20, len(packed) - 20, len(packed) // 12)]
+    flips = [
+        packed[:at] + bytes([packed[at] ^ 0x55]) + packed[at + 1 :] for at in range(20, len(packed) - 20, len(packed) // 12)
+    ]
     return [*cuts, *flips]
 
 
@@ -201,7 +206,11 @@ def test_rejects_end_the_job_one_above_the_limit(tmp_path):
     rejects = Rejects(max_bad=8)
     assert len(list(read_texts([path, path], rejects))) == 2
     summary = rejects.summary()
-    assert summary.startswith("skipped 8 bad records (--max_bad 8):") and f"{path}:2" in summary and summary.endswith("… and 3 more")
+    assert (
+        summary.startswith("skipped 8 bad records (--max_bad 8):")
+        and f"{path}:2" in summary
+        and summary.endswith("… and 3 more")
+    )
     assert Rejects(max_bad=8).summary() == ""
 
 
@@ -219,8 +228,8 @@ def test_an_empty_file_as_a_document_is_rejected(tmp_path):
 
 def mutated(line: str, source: random.Random) -> str:
     """``line`` with one to three small accidents; it stays one line."""
-    snippets = ["\x00", "\\ud800", "\\udc00\\ud800", "NaN", "Infinity", '"', "\\", "{", "}", "[" * 2000, ",", ":", "\u2028", "\r", "\ufeff", "1e999",
-                '"text": 1', '"text": null', "null", "\\u00", "text", " ", "é"]  # fmt: skip
+    snippets = ["\x00", "\\ud800", "\\udc00\\ud800", "\\u00", "\u2028", "\r", "\ufeff", "é", " ", '"', "\\", "{", "}", ",", ":",
+                "[" * 2000, "NaN", "Infinity", "1e999", "null", "text", '"text": 1', '"text": null']  # fmt: skip
     for _ in range(source.randrange(1, 4)):
         at, length = source.randrange(len(line) + 1), source.randrange(4)
         action = source.randrange(5)
@@ -239,7 +248,10 @@ def mutated(line: str, source: random.Random) -> str:
 
 def test_mutated_lines_are_all_accepted_or_rejected(tmp_path):
     source = random.Random(0)
-    lines = [json.dumps({"id": number, "text": f"文 {number}", "meta": {"a": [1]}}, ensure_ascii=number % 2 == 0) for number in range(4000)]
+    lines = [
+        json.dumps({"id": number, "text": f"文 {number}", "meta": {"a": [1]}}, ensure_ascii=number % 2 == 0)
+        for number in range(4000)
+    ]
     lines = [mutated(line, source) if source.random() < 0.8 else line for line in lines]
     path = write(tmp_path / "a.jsonl", "".join(line + "\n" for line in lines).encode())
     rejects = Rejects(max_bad=len(lines))
@@ -269,7 +281,9 @@ def test_flipped_bytes_never_pass_unseen(tmp_path):
             with pytest.raises(UnicodeDecodeError) as reason:
                 data.decode("utf-8")
             offset = reason.value.start
-            assert str(error).startswith(f"{path}:{data[:offset].count(10) + 1}: not UTF-8 (byte 0x{data[offset]:02x} at offset {offset})")
+            assert str(error).startswith(
+                f"{path}:{data[:offset].count(10) + 1}: not UTF-8 (byte 0x{data[offset]:02x} at offset {offset})"
+            )
         else:
             assert accepted + len(rejects.reasons) == lines
 
@@ -279,7 +293,10 @@ def test_a_script_ends_with_65_and_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.run(lambda: texts_of(path) and None)
     assert exit.value.code == 65
-    assert capsys.readouterr().err == f"error: {path}:1: 'text' is int, not text; mend the record, or let some go with --max_bad N\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {path}:1: 'text' is int, not text; mend the record, or let some go with --max_bad N\n"
+    )
 
 
 def test_parsing_takes_objects_only():
@@ -308,10 +325,18 @@ def test_files_are_found_by_name_folder_and_pattern(tree, monkeypatch):
     assert names(find_files([tree / "b.jsonl", str(tree / "a.txt")]), tree) == ["b.jsonl", "a.txt"]
     assert names(find_files([f"{tree}/*.jsonl"]), tree) == ["b.jsonl"]
     assert names(find_files([f"{tree}/**/*.jsonl*"]), tree) == ["b.jsonl", "deep/c.jsonl.gz"]
-    assert names(find_files([f"{tree}/[ab].*", tree / "a.txt", tree]), tree) == ["a.txt", "b.jsonl", "deep/c.jsonl.gz", "deep/er/d.TXT"]
+    assert names(find_files([f"{tree}/[ab].*", tree / "a.txt", tree]), tree) == [
+        "a.txt",
+        "b.jsonl",
+        "deep/c.jsonl.gz",
+        "deep/er/d.TXT",
+    ]
     assert find_files([]) == []
     monkeypatch.chdir(tree)
-    assert [str(path) for path in find_files(["a.txt", "deep"])] == ["a.txt", *(os.path.join("deep", name) for name in ("c.jsonl.gz", os.path.join("er", "d.TXT")))]
+    assert [str(path) for path in find_files(["a.txt", "deep"])] == [
+        "a.txt",
+        *(os.path.join("deep", name) for name in ("c.jsonl.gz", os.path.join("er", "d.TXT"))),
+    ]
     monkeypatch.setenv("HOME", str(tree))
     assert names(find_files(["~/a.txt"]), tree) == ["a.txt"]
     odd = write(tree / "c[1].jsonl", b"")

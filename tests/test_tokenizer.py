@@ -21,13 +21,23 @@ from etude.tokenizer import (
     TURN_START,
     Tokenizer,
     _cut_long_runs,
+    chat_template,
     train_tokenizer,
 )
 from etude.training import tokenizer as stage
 from etude.training.config import TokenizerConfig
 
 SMALLEST = 256 + len(SPECIAL_TOKENS)
-HARD = ["", " ", "\n", "\r\n\t x  ", "  \n \n\n", "\x00\x01\x7f\x80\x85\u2028\u200b\ufeff", "e\u0301 é ﬁ Å Å ㎏ １２３", "👩‍👩‍👧‍👦🏳️‍🌈 ﷽ 한\u1112\u1161\u11ab"]
+HARD = [
+    "",
+    " ",
+    "\n",
+    "\r\n\t x  ",
+    "  \n \n\n",
+    "\x00\x01\x7f\x80\x85\u2028\u200b\ufeff",
+    "e\u0301 é ﬁ Å Å ㎏ １２３",
+    "👩‍👩‍👧‍👦🏳️‍🌈 ﷽ 한\u1112\u1161\u11ab",
+]
 
 
 def random_texts(seed: int, count: int) -> list[str]:
@@ -74,7 +84,14 @@ def test_every_text_comes_back_byte_for_byte(tokenizer):
 
 
 def test_nothing_is_normalised(tokenizer):
-    for composed, other in [("é", "e\u0301"), ("Å", "\u212b"), ("한", "\u1112\u1161\u11ab"), ("fi", "ﬁ"), ("1", "１"), ("a", "A")]:
+    for composed, other in [
+        ("é", "e\u0301"),
+        ("Å", "\u212b"),
+        ("한", "\u1112\u1161\u11ab"),
+        ("fi", "ﬁ"),
+        ("1", "１"),
+        ("a", "A"),
+    ]:
         assert tokenizer.encode(composed) != tokenizer.encode(other)
         assert tokenizer.decode(tokenizer.encode(other)) == other
 
@@ -174,9 +191,11 @@ def test_too_small_a_vocabulary_is_an_error_before_anything_is_read(tmp_path):
 def test_the_same_text_makes_the_same_file(tmp_path):
     write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS * 3])
     train_tokenizer(TEXTS * 3, tmp_path / "here", 320)
-    script = "import json, sys; from etude.tokenizer import train_tokenizer; folder = sys.argv[1]\n" + (
-        "train_tokenizer([json.loads(line)['text'] for line in open(folder + '/texts.jsonl', encoding='utf-8')], folder + '/there', 320)"
-    )
+    script = """import json, sys
+from etude.tokenizer import train_tokenizer
+with open(sys.argv[1] + "/texts.jsonl", encoding="utf-8") as file:
+    train_tokenizer([json.loads(line)["text"] for line in file], sys.argv[1] + "/there", 320)
+"""
     command = [sys.executable, "-c", script, str(tmp_path)]
     environment = {"PYTHONPATH": ":".join(sys.path), "RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "5"}
     subprocess.run(command, check=True, env=environment)
@@ -195,7 +214,13 @@ def test_long_runs_cost_no_more_than_sentences(tmp_path, first, last):
 
 
 def test_cutting_long_runs_loses_and_repeats_nothing():
-    texts = [*HARD, *random_texts(2, 50), "字" * 33 + "，后面的话 and more", "字" * 100 + "!" * 70 + " " * 40 + "_" * 50, "x" * 64 + "123"]
+    texts = [
+        *HARD,
+        *random_texts(2, 50),
+        "字" * 33 + "，后面的话 and more",
+        "字" * 100 + "!" * 70 + " " * 40 + "_" * 50,
+        "x" * 64 + "123",
+    ]
     for text in texts:
         pieces = list(_cut_long_runs(text))
         assert "".join(pieces) == text
@@ -209,7 +234,7 @@ def test_cutting_long_runs_loses_and_repeats_nothing():
 def test_transformers_gives_equal_ids(tokenizer, hf):
     assert len(hf) == len(tokenizer)
     assert (hf.pad_token_id, hf.eos_token_id, hf.bos_token_id) == (tokenizer.pad_id, tokenizer.eos_id, None)
-    texts = [*HARD, *TEXTS, "1234567 ３４ ½", *random_texts(3, 300)]
+    texts = [*HARD, *TEXTS, "1234567 ３４ ½", "a , b . do n't , it 's !", *random_texts(3, 300)]
     for text in texts:
         assert hf(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)  # and nothing is put around them
         if not any(token in text for token in SPECIAL_TOKENS):
@@ -276,7 +301,9 @@ def test_folders_without_a_sound_tokenizer_are_refused(tokenizer_folder, tmp_pat
 # --- the chat template -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("default", ["", "Be brief. 简短。", 'Say "no" to \\n, {{ braces }} and {% tags %}.\nLine 2', "<|im_end|>"])
+@pytest.mark.parametrize(
+    "default", ["", "Be brief. 简短。", 'Say "no" to \\n, {{ braces }} and {% tags %}.\nLine 2', "<|im_end|>"]
+)
 def test_the_default_system_turn_opens_conversations_without_one(tmp_path, default):
     from transformers import AutoTokenizer
 
@@ -288,7 +315,9 @@ def test_the_default_system_turn_opens_conversations_without_one(tmp_path, defau
     assert tokenizer.render(given, True) == system.format("Rhyme.") + rest
     hf = AutoTokenizer.from_pretrained(str(tmp_path))
     messages = [{"role": "user", "content": "Hi"}]
-    assert hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == tokenizer.render((("user", "Hi"),), True)
+    assert hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == tokenizer.render(
+        (("user", "Hi"),), True
+    )
 
 
 # --- the stage: sample, train, verify --------------------------------------------------------------------------------
@@ -315,12 +344,18 @@ def test_the_sample_has_the_size_asked_for_and_comes_from_everywhere(tmp_path):
     assert sample(config) == taken != sample(config_of(tmp_path, documents, max_bytes=40_000, seed=1))
 
 
-def test_the_sample_of_a_compressed_file_is_about_as_large(tmp_path):
-    documents = [f"document {number} " + "".join(random.Random(number).choices("abcdefgh", k=60)) for number in range(2000)]
-    packed = tmp_path / "data.jsonl.gz"
-    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain.jsonl", [{"text": text} for text in documents]).read_bytes()))
-    size = sum(len(text) for text in sample(config_of(tmp_path, [], data=(str(packed),), max_bytes=30_000)))
-    assert 12_000 < size <= 31_500
+def test_the_sample_of_a_compressed_file_comes_from_everywhere_as_well(tmp_path):
+    def packed(documents) -> TokenizerConfig:
+        path = tmp_path / "data.jsonl.gz"
+        path.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain", ({"text": text} for text in documents)).read_bytes()))
+        return config_of(tmp_path, [], data=(str(path),), max_bytes=30_000)
+
+    letters = random.Random(0)
+    taken = sample(packed(f"document {number} " + "".join(letters.choices("abcdefgh", k=60)) for number in range(2000)))
+    assert 12_000 < sum(map(len, taken)) <= 31_500
+    assert any(int(text.split()[1]) > 1900 for text in taken)
+    taken = sample(packed("document " + "a" * 60 for _ in range(20_000)))  # compressed far better than expected
+    assert sum(map(len, taken)) <= 31_500
 
 
 def test_a_bad_record_ends_training_before_anything_is_written(tmp_path, capsys):
@@ -352,6 +387,16 @@ def test_what_verifying_prints_is_counted_right(tokenizer):
     assert counts["other"] == (8, 8, ids[1])
 
 
+def unchanged(values):
+    pass
+
+
+def template(old: str, new: str) -> dict[str, str]:
+    """The chat template with one thing changed."""
+    assert old in CHAT_TEMPLATE
+    return {"chat_template": chat_template().replace(old, new)}
+
+
 def drop_byte(values, character: str):
     del values["model"]["vocab"][character]
 
@@ -360,32 +405,33 @@ def not_special(values, token: str):
     next(added for added in values["added_tokens"] if added["content"] == token)["special"] = False
 
 
+LOST = "does not come back byte for byte"
+CONTROL = "becomes the control token"
+END_UNMARKED = "message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}"
 DAMAGE = {
-    "NFC": (lambda values: values.update(normalizer={"type": "NFC"}), {}, "does not come back byte for byte"),
-    "lower case": (lambda values: values.update(normalizer={"type": "Lowercase"}), {}, "does not come back byte for byte"),
-    "prefix space": (
-        lambda values: values["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), {}, "does not come back byte for byte",
-    ),
-    "lost byte 0": (lambda values: drop_byte(values, "Ā"), {}, "does not come back byte for byte"),
-    "lost byte F4": (lambda values: drop_byte(values, "ô"), {}, "does not come back byte for byte"),
-    "no decoder": (lambda values: values.update(decoder=None), {}, "does not come back byte for byte"),
-    "end of turn not special": (lambda values: not_special(values, TURN_END), {}, "becomes the control token"),
-    "end of document not special": (lambda values: not_special(values, DOCUMENT_END), {}, "becomes the control token"),
-    "reserved not special": (lambda values: not_special(values, RESERVED[0]), {}, "becomes the control token"),
-    "pad is eos": (lambda values: None, {"pad_token": TURN_END}, "pad and eos are one token"),
+    "NFC": (lambda values: values.update(normalizer={"type": "NFC"}), {}, LOST),
+    "lower case": (lambda values: values.update(normalizer={"type": "Lowercase"}), {}, LOST),
+    "prefix space": (lambda values: values["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), {}, LOST),
+    "lost byte 0": (lambda values: drop_byte(values, "Ā"), {}, LOST),
+    "lost byte F4": (lambda values: drop_byte(values, "ô"), {}, LOST),
+    "no decoder": (lambda values: values.update(decoder=None), {}, LOST),
+    "end of turn not special": (lambda values: not_special(values, TURN_END), {}, CONTROL),
+    "end of document not special": (lambda values: not_special(values, DOCUMENT_END), {}, CONTROL),
+    "reserved not special": (lambda values: not_special(values, RESERVED[0]), {}, CONTROL),
+    "pad is eos": (unchanged, {"pad_token": TURN_END}, "pad and eos are one token"),
     "mask without the end token": (
-        lambda values: None,
-        {"chat_template": "{%- set DEFAULT_SYSTEM = '' -%}" + CHAT_TEMPLATE.replace(
-            "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}", "message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}")},
+        unchanged,
+        template("message['content'] + '<|im_end|>' -}}{%- endgeneration -%}", END_UNMARKED),
         "disagree on a conversation's ids or mask",
     ),
     "another prompt": (
-        lambda values: None,
-        {"chat_template": "{%- set DEFAULT_SYSTEM = '' -%}" + CHAT_TEMPLATE.replace(
-            "add_generation_prompt -%}\n{{- '<|im_start|>assistant\\n' -}}", "add_generation_prompt -%}\n{{- '<|im_start|>assistant: ' -}}")},
+        unchanged,
+        template(
+            "add_generation_prompt -%}\n{{- '<|im_start|>assistant\\n'", "add_generation_prompt -%}\n{{- '<|im_start|>bot\\n'"
+        ),
         "prompt is no prefix",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

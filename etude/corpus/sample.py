@@ -8,7 +8,7 @@ laptop, rich enough that memorising is not enough. Three kinds of records come o
 - held-out questions of the same skills.
 
 **Held out means an unseen combination of seen parts.** Every sentence reports the combinations it is made of, such as
-``("has", "Tom", "kite")`` or ``("sum", 3, 5)``. :func:`is_held_out` puts a fixed share of all combinations aside by
+``("has", "Tom", "red", "kite")`` or ``("+", 3, 5)``. :func:`is_held_out` puts a fixed share of all combinations aside by
 their hash, whatever the seed: training text is drawn again until it holds none of them, and a question is held out
 exactly when the combination it asks about is one of them while its other combinations are not.
 """
@@ -25,6 +25,8 @@ from typing import NamedTuple
 EN, ZH = 0, 1  # a pair of texts is always (English, Chinese), and a language is an index into it
 Pair = tuple[str, str]
 HELD_OUT_PERCENT = 10
+DOCUMENTS, TALKS = 30_000, 36_000  # about 1.2 and 3.6 million tokens: one pass of each is a good first model
+UNSEEN_SUMS = {(2, 7), (3, 5), (4, 9), (6, 8)}  # by hand, so that no number misses more than one; 7 + 2 and so on are seen
 
 
 class Word(NamedTuple):
@@ -117,31 +119,33 @@ STRANGERS = words("""
     queen | 女王 | 个 | queens
     shark | 鲨鱼 | 条 | sharks
     witch | 女巫 | 个 | witches
-    volcano | 火山 | 座 | volcanoes
-    rocket | 火箭 | 枚 | rockets
     zebra | 斑马 | 匹 | zebras
 """)  # the world has heard of them, and knows nothing about them
 COLOURS = [("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("yellow", "黄色"), ("white", "白色"), ("black", "黑色"),
            ("purple", "紫色"), ("pink", "粉色")]  # fmt: skip
-QUALITIES = COLOURS + [("big", "大大"), ("small", "小小"), ("old", "旧旧"), ("new", "崭新")]
-NAMES = ("""Anna Tom Lucy Ben Mia Jack Lily Sam Nora Leo Ella Max Rose Finn Ruby Hugo Emma Noah Ivy Luke Alice Oscar Clara
+QUALITIES = [*COLOURS, ("big", "大大"), ("small", "小小"), ("old", "旧旧"), ("new", "崭新")]
+NAMES = [language.split() for language in (
+        """Anna Tom Lucy Ben Mia Jack Lily Sam Nora Leo Ella Max Rose Finn Ruby Hugo Emma Noah Ivy Luke Alice Oscar Clara
          Felix Daisy Henry Grace Peter Molly Simon Jane Oliver Sophie Adam Eva Paul Lena David Julia Martin Kate George
-         Maya Robin Sara Victor Zoe Edward Tina Walter Betty Frank Holly Arthur Nina Toby Wendy Philip Carol Dennis
-         """.split(),
+         Maya Robin Sara Victor Zoe Edward Tina Walter Betty Frank Holly Arthur Nina Toby Wendy Philip Carol Dennis Amy
+         Carl Dora Eric Fiona Gary Helen Ian Judy Kevin Linda Mark Nancy Otto Penny Ralph Susan Tim Vera Will""",
          """小明 小美 小刚 小雨 小云 小月 小杰 小芳 小华 小林 小军 小丽 小强 小梅 小兰 小龙 小燕 小峰 小松 小青 小玉 小伟 小雪
          小霞 小文 小武 小宁 小安 小春 小秋 乐乐 豆豆 圆圆 贝贝 明明 亮亮 丽丽 冬冬 方方 佳佳 强强 晶晶 欢欢 阿宝 阿福 阿牛 阿珍
-         阿强 阿秀 阿康 阿莲 阿庆 大壮 大勇 大山 志远 思思 若水 子轩 雅琴 """.split())
+         阿强 阿秀 阿康 阿莲 阿庆 阿东 阿兰 阿文 阿香 大壮 大勇 大山 大川 志远 志明 思思 思远 若水 若兰 子轩 子涵 雅琴 雅文 文静
+         文博 春生 春燕 海涛 海燕 建国 美玲 玉兰 秋菊""")]  # fmt: skip
 PLACES = [("in the garden", "花园里"), ("in the kitchen", "厨房里"), ("at school", "学校里"), ("at the market", "市场上"),
           ("by the river", "河边"), ("on the bridge", "桥上"), ("in the library", "图书馆里"), ("on the beach", "沙滩上"),
           ("in the park", "公园里"), ("under the big tree", "大树下"), ("at the station", "车站里"),
-          ("on the tower", "塔楼上")]  # fmt: skip
+          ("on the tower", "塔楼上"), ("at the bakery", "面包店里"), ("in the museum", "博物馆里"),
+          ("on the train", "火车上"), ("at the theatre", "剧院里"), ("by the fountain", "喷泉旁"),
+          ("in the attic", "阁楼上")]  # fmt: skip
 ALL_WORDS = ANIMALS + THINGS + TREASURES
 
 
 def is_held_out(combination: tuple) -> bool:
     """Whether a combination is kept for the held-out questions: a property of the combination alone, not of a seed."""
-    if combination[0] == "sum" and combination[1] >= combination[2]:
-        return False  # 3 + 6 may be unseen, but then 6 + 3 is seen
+    if combination[0] == "+":
+        return combination[1:] in UNSEEN_SUMS
     digest = hashlib.sha256("/".join(map(str, combination)).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
@@ -264,7 +268,7 @@ def fact(scene: Scene, kind: str) -> Fact:
         return Fact(kind, {"name": name, "place": place}, [("at", name, place[EN])])
     colour, thing = scene.rng.choice(COLOURS), scene.pick(THINGS)
     values = {"name": name, "colour": colour, "thing": thing[:2], "one": scene.one(colour, thing)}
-    return Fact(kind, values, [("has", name, thing.en), ("phrase", colour[EN], thing.en)])
+    return Fact(kind, values, [("has", name, colour[EN], thing.en), ("phrase", colour[EN], thing.en)])
 
 
 def tell(scene: Scene, facts: list[Fact]) -> str:
@@ -351,7 +355,7 @@ def arithmetic(scene: Scene) -> Told:
          ("{working}. {name} has {all}.", "{working}，{name}有{all}。")),
     ])  # fmt: skip
     turns = [(scene.say(question, measure=noun.measure, **values), scene.say(answer, **values))]
-    return Told(turns, [("sum", a, b)])
+    return Told(turns, [("+", a, b)])
 
 
 def a_list(scene: Scene) -> tuple[list[str], list[tuple]]:
@@ -360,9 +364,9 @@ def a_list(scene: Scene) -> tuple[list[str], list[tuple]]:
 
 
 def count_aloud(scene: Scene, items: list[str]) -> str:
-    counted = (", ", "，")[scene.language].join(
-        item + ("", " ")[scene.language == EN] + str(number) for number, item in enumerate(items, 1))  # fmt: skip
-    return counted
+    """``"cat 1, kite 2"`` or ``"猫1，风筝2"``."""
+    space, comma = ((" ", ", "), ("", "，"))[scene.language]
+    return comma.join(f"{item}{space}{number}" for number, item in enumerate(items, 1))
 
 
 def counting(scene: Scene) -> Told:
@@ -440,7 +444,7 @@ def and_more(scene: Scene) -> Told:
               scene.say(("{working}.", "{working}。"), working=working(a, b))),
              (scene.say(("[And {c} more?|Now add {c}.]", "[再加{c}呢？|再加上{c}是多少？]"), c=c),
               scene.say(("{working}.", "{working}。"), working=working(a + b, c)))]  # fmt: skip
-    return Told(turns, [("more", a, b, c), ("sum", a, b), ("sum", a + b, c)])
+    return Told(turns, [("more", a, b, c), ("+", a, b), ("+", a + b, c)])
 
 
 def and_the_other_word(scene: Scene) -> Told:
@@ -470,8 +474,7 @@ def unknown(scene: Scene) -> Told:
         (question, _), stranger = scene.rng.choice([TO_CHINESE, TO_ENGLISH]), scene.rng.choice(STRANGERS)
         answer = scene.say(('I don\'t know the word "{it}".', "我不认识“{it}”这个词。"),
                            it=(stranger.en if question is TO_CHINESE[0] else stranger.zh))  # fmt: skip
-        return Told([(scene.say(question, en=stranger.en, zh=stranger.zh), answer)],
-                    [("stranger", scene.language, question is TO_CHINESE[0], stranger.en)])  # fmt: skip
+        return Told([(scene.say(question, en=stranger.en, zh=stranger.zh), answer)], [])
     facts = some_facts(scene)
     known = [fact.values["name"] for fact in facts]
     relation, name = scene.rng.choice(list(NOT_TOLD)), scene.name()
@@ -510,51 +513,46 @@ def about_animals(scene: Scene) -> Told:
 
 
 def finding(scene: Scene) -> Told:
-    mine, yours = fact(scene, "has"), fact(scene, "has")
-    place = scene.pick(PLACES)
-    values = {"name": mine.values["name"], "one": mine.values["one"], "thing": mine.values["thing"], "place": place,
-              "colour": mine.values["colour"], "friend": yours.values["name"], "other": yours.values["one"],
-              "its": yours.values["thing"], "shade": yours.values["colour"]}  # fmt: skip
+    mine, yours, place = fact(scene, "has"), fact(scene, "has"), scene.rng.choice(PLACES)
+    values = {"place": place, **mine.values, **{f"other_{key}": value for key, value in yours.values.items()}}
     patterns = [
         (WHEN[EN] + ", {name} was {place} and [found|saw] {one}.", WHEN[ZH] + "，{name}在{place}[发现|看见]了{one}。"),
-        ("[\"What a lovely {thing}!\" said {name}.|Nobody knew whose {thing} it was, so {name} kept it.|{name} took the {thing} home.]",
+        (('["What a lovely {thing}!" said {name}.|Nobody knew whose {thing} it was, so {name} kept it.'
+         "|{name} took the {thing} home.]"),
          "[“多漂亮的{thing}呀！”{name}说。|没有人知道这是谁的{thing}，{name}就收下了。|{name}把{thing}带回了家。]"),
-        ("[Then {friend} came with {other}.|{friend} was there too, and had {other}.]",
-         "[这时{friend}来了，带着{other}。|{friend}也在那里，{friend}有{other}。]"),
-        ("[\"Who has the {its}?\" asked Grandmother. \"{friend} has the {its}, and {name} has the {thing}.\""
-         "|\"What colour is your {its}?\" \"It is {shade}. And yours?\" \"Mine is {colour}.\""
-         "|They played until it was dark.|So {name} has {one}, and {friend} has {other}.]",
-         "[奶奶问：“谁有{its}？”“{friend}有{its}，{name}有{thing}。”"
-         "|“你的{its}是什么颜色的？”“是{shade}的。你的呢？”“我的{thing}是{colour}的。”"
-         "|他们一直玩到天黑。|就这样，{name}有{one}，{friend}有{other}。]"),
+        ("[Then {other_name} came with {other_one}.|{other_name} was there too, and had {other_one}.]",
+         "[这时{other_name}来了，带着{other_one}。|{other_name}也在那里，{other_name}有{other_one}。]"),
+        (('["Who has the {other_thing}?" asked Grandmother. "{other_name} has the {other_thing}, and {name} has the {thing}."'
+         '|"What colour is your {other_thing}?" "It is {other_colour}. And yours?" "Mine is {colour}."'
+         "|They played until it was dark.|So {name} has {one}, and {other_name} has {other_one}.]"),
+         ("[奶奶问：“谁有{other_thing}？”“{other_name}有{other_thing}，{name}有{thing}。”"
+         "|“你的{other_thing}是什么颜色的？”“是{other_colour}的。你的呢？”“我的{thing}是{colour}的。”"
+         "|他们一直玩到天黑。|就这样，{name}有{one}，{other_name}有{other_one}。]")),
     ]  # fmt: skip
-    combinations = [*mine.combinations, *yours.combinations]
-    combinations += [("at", values[who], place[EN]) for who in ("name", "friend")]
-    return prose(scene, patterns, combinations, **values)
+    were_there = [("at", child.values["name"], place[EN]) for child in (mine, yours)]
+    return prose(scene, patterns, [*combinations_of([mine, yours]), *were_there], **values)
 
 
 def looking(scene: Scene) -> Told:
     """Someone looks for a friend: where each child is, and that one may not know."""
-    seeker, friends = scene.name(), [fact(scene, "at") for _ in range(scene.rng.choice([1, 2]))]
-    patterns, combinations = [(WHEN[EN] + ", {seeker} looked for a friend.", WHEN[ZH] + "，{seeker}想找朋友玩。")], []
-    text = [scene.say(*patterns, seeker=seeker)]
-    for friend in friends:
-        text.append(scene.say(
-            ("[\"Where is {name}?\" \"{name} is {place}.\"|{name} was not at home: {name} was {place}.|{name} had gone out and was {place}.]",
-             "[“{name}在哪里？”“{name}在{place}。”|{name}不在家，{name}在{place}。|{name}出门了，人在{place}。]"), **friend.values))  # fmt: skip
-    stranger = scene.name()
-    text.append(scene.say(
-        ("[\"And {name}?\" \"I don't know where {name} is.\"|Where was {name}? Nobody had told {seeker}.|So they played together.]",
-         "[“那{name}呢？”“我不知道{name}在哪里。”|{name}在哪里呢？没有人告诉{seeker}。|于是大家一起玩。]"), name=stranger, seeker=seeker))  # fmt: skip
+    seeker, friends, missing = scene.name(), [fact(scene, "at") for _ in range(scene.rng.choice([1, 2]))], scene.name()
+    found = (('["Where is {name}?" "{name} is {place}."|{name} was not at home: {name} was {place}.'
+             "|{name} had gone out and was {place}.]"),
+             "[“{name}在哪里？”“{name}在{place}。”|{name}不在家，{name}在{place}。|{name}出门了，人在{place}。]")  # fmt: skip
+    not_found = (('["And {name}?" "I don\'t know where {name} is."|Where was {name}? Nobody had told {seeker}.'
+                 "|So they played together.]"),
+                 "[“那{name}呢？”“我不知道{name}在哪里。”|{name}在哪里呢？没有人告诉{seeker}。|于是大家一起玩。]")  # fmt: skip
+    text = [scene.say((WHEN[EN] + ", {seeker} looked for a friend.", WHEN[ZH] + "，{seeker}想找朋友玩。"), seeker=seeker),
+            *[scene.say(found, **friend.values) for friend in friends],
+            scene.say(not_found, name=missing, seeker=seeker)]  # fmt: skip
     known = [friend.values["name"] for friend in friends]
-    return Told([("", scene.join(*text))], combinations_of(friends) + [("not told", "at", stranger, *known)])
+    return Told([("", scene.join(*text))], [*combinations_of(friends), ("not told", "at", missing, *known)])
 
 
 def remembering(scene: Scene) -> Told:
     """Facts, and then all of them once more in another order: what was told can be told again."""
     facts = [fact(scene, kind) for kind in scene.rng.choices(["has", "at"], k=scene.rng.choice([2, 3, 3, 4]))]
-    again = [" ".join(ask_about(scene, each)) if scene.language == EN else "".join(ask_about(scene, each))
-             for each in scene.rng.sample(facts, len(facts))]  # fmt: skip
+    again = [scene.join(*ask_about(scene, each)) for each in scene.rng.sample(facts, len(facts))]
     bridge = scene.say(("[Do you remember it all?|Now close your eyes.|Now tell it to me again.]",
                         "[都记住了吗？|现在闭上眼睛想一想。|再说一遍给我听。]"))  # fmt: skip
     return Told([("", scene.join(tell(scene, facts), bridge, *again))], combinations_of(facts))
@@ -565,9 +563,11 @@ def visiting(scene: Scene) -> Told:
     patterns = [
         (WHEN[EN] + ", {name} [went to visit|went to see] the {it}.", WHEN[ZH] + "，{name}去[看望|看]{it}。"),
         ("[The {it} lives {home}.|It was not far: the {it} lives {home}.]", "[{it}住在{home}。|路不远，{it}住在{home}。]"),
-        ("[{name} brought {food}, because that is what the {it} eats.|\"Have some {food},\" said {name}. The {it} eats {food}.]",
+        (('[{name} brought {food}, because that is what the {it} eats.'
+         '|"Have some {food}," said {name}. The {it} eats {food}.]'),
          "[{name}带来了{food}，因为{it}吃{food}。|“请吃{food}吧。”{name}说。{it}吃{food}。]"),
-        ("[The {it} can {can}, and {name} laughed and laughed.|\"Look, I can {can}!\" said the {it}.|On the way home {name} saw {one}.]",
+        (('[The {it} can {can}, and {name} laughed and laughed.|"Look, I can {can}!" said the {it}.'
+         "|On the way home {name} saw {one}.]"),
          "[{it}会{can}，{name}笑个不停。|“看，我会{can}！”{it}说。|回家的路上，{name}看见了{one}。]"),
     ]  # fmt: skip
     return prose(scene, patterns, [("phrase", quality[EN], noun.en)], name=scene.name(), it=animal, home=animal.home,
@@ -590,11 +590,12 @@ def adding(scene: Scene) -> Told:
         a, b = scene.rng.randint(1, 9), scene.rng.randint(1, 9)
         noun = scene.rng.choice(TREASURES)
         text.append(scene.say(
-            ("[{name} has {some} and finds {b} more: {working}. {name} has {all}.|{working}.|{some} and {others} make {all}: {working}.]",
+            (("[{name} has {some} and finds {b} more: {working}. {name} has {all}.|{working}."
+             "|{some} and {others} make {all}: {working}.]"),
              "[{name}有{some}，又找到了{b}{measure}：{working}，{name}有{all}。|{working}。|{some}加上{others}是{all}：{working}。]"),
             name=scene.name(), b=b, working=working(a, b), some=scene.several(a, noun), others=scene.several(b, noun),
             all=scene.several(a + b, noun), measure=noun.measure))  # fmt: skip
-        combinations.append(("sum", a, b))
+        combinations.append(("+", a, b))
     return Told([("", scene.join(*text))], combinations)
 
 
@@ -606,8 +607,10 @@ def dictionary(scene: Scene) -> Told:
             quality = scene.rng.choice(QUALITIES)
             (en, zh), combinations = scene.phrase(quality, noun), [*combinations, ("phrase", quality[EN], noun.en)]
         text.append(scene.say(
-            ('[In Chinese, "{en}" is "{zh}".|In English, "{zh}" is "{en}".|"{zh}" means "{en}".|Chinese children say "{zh}" for "{en}".]',
-             "[“{en}”的中文是“{zh}”。|“{zh}”的英语是“{en}”。|“{zh}”用英语说就是“{en}”。|英国孩子把“{zh}”叫作“{en}”。]"), en=en, zh=zh))  # fmt: skip
+            (('[In Chinese, "{en}" is "{zh}".|In English, "{zh}" is "{en}".|"{zh}" means "{en}".'
+             '|Chinese children say "{zh}" for "{en}".]'),
+             ("[“{en}”的中文是“{zh}”。|“{zh}”的英语是“{en}”。|“{zh}”用英语说就是“{en}”。"
+             "|英国孩子把“{zh}”叫作“{en}”。]")), en=en, zh=zh))  # fmt: skip
     return Told([("", scene.join(*text))], combinations)
 
 
@@ -641,7 +644,8 @@ def about_etude(scene: Scene) -> Told:
          "[Etude会聊天、数数、做加法和翻译词语。|它喜欢聊天、数数、做加法和翻译词语。]"),
         ("[When it does not know something, it says so.|What it was not told, it does not know.]",
          "[不知道的事，它就说不知道。|没有人告诉过它的事，它不知道。]"),
-        ("[The user asks, and the assistant answers: that assistant is Etude.|A system of numbers, a user, an assistant: so one talks with Etude.]",
+        (("[The user asks, and the assistant answers: that assistant is Etude."
+         "|A system of numbers, a user, an assistant: so one talks with Etude.]"),
          "[user提问，assistant回答，这个assistant就是Etude。|你是user，Etude是assistant，大家一起聊天。]"),
     ]  # fmt: skip
     return prose(scene, scene.rng.sample(sentences, scene.rng.choice([2, 3, 4])), [])
@@ -678,7 +682,7 @@ def messages(turns: list[Pair]) -> list[dict]:
             for role, content in zip(("user", "assistant"), turn, strict=True)]  # fmt: skip
 
 
-def pretraining_documents(seed: int = 0, count: int = 8000) -> Iterator[dict]:
+def pretraining_documents(seed: int = 0, count: int = DOCUMENTS) -> Iterator[dict]:
     """Stories and facts, as ``{"text": ...}``."""
     rng = random.Random(f"documents {seed}")
     for _ in range(count):
@@ -686,7 +690,7 @@ def pretraining_documents(seed: int = 0, count: int = 8000) -> Iterator[dict]:
         yield {"text": seen(make, rng, rng.choice([EN, ZH]), set()).turns[0][1]}
 
 
-def conversations(seed: int = 0, count: int = 12000) -> Iterator[dict]:
+def conversations(seed: int = 0, count: int = TALKS) -> Iterator[dict]:
     """Conversations of one to four skills, as ``{"conversations": [{"role": ..., "content": ...}, ...]}``."""
     rng = random.Random(f"conversations {seed}")
     for _ in range(count):
@@ -706,8 +710,12 @@ def held_out_questions(seed: int = 0, per_skill: int = 60) -> list[dict]:
     rng, questions = random.Random(f"questions {seed}"), {}
     for skill, make in SKILLS.items():
         for number in range(per_skill):
-            while (told := unseen(make, rng, (EN, ZH)[number % 2])) and str(told.turns) in questions:
-                pass
+            for _ in range(1000):
+                told = unseen(make, rng, (EN, ZH)[number % 2])
+                if str(told.turns) not in questions:
+                    break
+            else:
+                raise ValueError(f"per_skill ({per_skill}) is more than the world holds: {skill} ends after {number}")
             record = {"skill": skill, "key": list(told.combinations[0]), "conversations": messages(told.turns)}
             questions[str(told.turns)] = record
     return list(questions.values())
@@ -719,15 +727,15 @@ def traces(key: tuple) -> list[str]:
     nouns = {noun.en: noun for noun in ALL_WORDS}
     scene = Scene(random.Random(0), EN)
     match kind, parts:
-        case "has", (name, thing):
-            ones = [scene.one(colour, nouns[thing]) for colour in COLOURS]
-            told = [text for en, zh in ones for text in (f"{name} has {en}", f"{name} has got {en}", f"{name}有{zh}")]
-            return [*told, f"{name}'s {thing}", f"{name} has the {thing}", f"{name}的{nouns[thing].zh}"]
+        case "has", (name, colour, thing):
+            en, zh = scene.one((colour, dict(COLOURS)[colour]), nouns[thing])
+            return [f"{name} has {en}", f"{name} has got {en}", f"{name}有{zh}", f"{name}得到了{zh}",
+                    f"{name}'s {thing} is {colour}", f"{name}的{nouns[thing].zh}是{dict(COLOURS)[colour]}"]  # fmt: skip
         case "at", (name, place):
             return [f"{name} is {place}", f"{name} was {place}", f"{name}在{dict(PLACES)[place]}"]
         case "phrase", (quality, noun):
             return list(scene.phrase((quality, dict(QUALITIES)[quality]), nouns[noun]))
-        case "sum", (a, b):
+        case "+", (a, b):
             return [f"{a} + {b}"]
         case "list", names:
             en, zh = ", ".join(names), "、".join(nouns[name].zh for name in names)
@@ -737,7 +745,7 @@ def traces(key: tuple) -> list[str]:
     return []
 
 
-def write_sample(folder: str | Path, seed: int = 0, documents: int = 8000, talks: int = 12000,
+def write_sample(folder: str | Path, seed: int = 0, documents: int = DOCUMENTS, talks: int = TALKS,
                  per_skill: int = 60) -> dict[str, int]:  # fmt: skip
     """Write the world's three files under ``folder``, each whole or not at all; return how many records each holds."""
     files = {
@@ -750,8 +758,8 @@ def write_sample(folder: str | Path, seed: int = 0, documents: int = 8000, talks
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for counts[name], record in enumerate(records, 1):  # noqa: B020
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
         os.replace(temporary, path)
+        counts[name] = len(lines)
     return counts
