@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from etude.chat import ChatFormat
     from etude.generation.history import fit_history
-    from etude.generation.plain import SamplingSettings, generate
+    from etude.generation.plain import generate
+    from etude.generation.settings import SamplingSettings
     from etude.generation.text import TextModel, load
     from etude.llama import export_llama, load_any
     from etude.model.config import EtudeConfig
@@ -29,7 +30,7 @@ _MODULE_OF = {
     "save_model": "etude.weights",
     "load_any": "etude.llama",
     "export_llama": "etude.llama",
-    "SamplingSettings": "etude.generation.plain",
+    "SamplingSettings": "etude.generation.settings",
     "generate": "etude.generation.plain",
     "fit_history": "etude.generation.history",
     "TextModel": "etude.generation.text",

@@ -103,7 +103,10 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(0)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO):
-            _fail(f"{error.filename or 'the disk'}: {error.strerror}; free some space or choose another folder", StorageError.exit_code)
+            _fail(
+                f"{error.filename or 'the disk'}: {error.strerror}; free some space or choose another folder",
+                StorageError.exit_code,
+            )
         raise
 
 

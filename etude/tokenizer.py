@@ -21,9 +21,7 @@ TURN_END = "<|im_end|>"  # eos: what ends a reply
 RESERVED = tuple(f"<|reserved_{number}|>" for number in range(5))  # room for later needs without a new vocabulary
 SPECIAL_TOKENS = (DOCUMENT_END, TURN_START, TURN_END, *RESERVED)
 
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # ChatML, as Qwen and many others have it. {% generation %} marks the tokens a model is to produce, for
 # apply_chat_template(return_assistant_tokens_mask=True): a reply's content and the token that ends it.

@@ -7,16 +7,16 @@
 The native counterpart, and the faster one to start, is inference.py.
 """
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from etude import cli, paths
 from etude.cli import option
-from etude.errors import DataError, MismatchError, UsageError
+from etude.errors import MismatchError, UsageError
+from etude.generation.settings import SamplingSettings
+from etude.terminal import converse, say
 
 COMMANDS = {"chat": "answer questions, remembering the conversation", "generate": "go on from a text"}
 SUFFIX = "_llama_format"
@@ -24,17 +24,10 @@ DEFAULT_MODEL = paths.weight("etude_sft_model" + SUFFIX)
 
 
 @dataclass(frozen=True)
-class HFConfig:
+class HFConfig(SamplingSettings):
     model: str = option(DEFAULT_MODEL, "folder in Llama format, as tool/convert_hf.py writes it")
     prompt: str | None = option(None, "answer this and leave")
     system: str = option("", "chat: a system message to begin the conversation with")
-    max_new_tokens: int = option(256, "longest answer, in tokens")
-    temperature: float = option(0.8, "below 1 sharpens, above 1 flattens the distribution; 0: always the likeliest token")
-    top_k: int = option(50, "sample among the k likeliest tokens; 0: all")
-    top_p: float = option(0.95, "sample among the likeliest tokens that together hold this probability; 1: all")
-    min_p: float = option(0.0, "sample among tokens at least this fraction as likely as the likeliest; 0: all")
-    repetition_penalty: float = option(1.0, "above 1: what was said becomes less likely; 1: off")
-    seed: int | None = option(None, "the same seed gives the same answers; left out: different each time")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
@@ -48,21 +41,7 @@ def main() -> None:
     if config.prompt is not None:
         answer(config.prompt)
         return
-    if sys.stdin.isatty():
-        say("Type and press Enter. exit leaves, clear begins anew, Ctrl-C stops an answer.")
-    for line in typed_lines():
-        if line.strip() == "exit":
-            return
-        if line.strip() == "clear":
-            model.clear()
-            say("[cleared]")
-        elif line.strip():
-            try:
-                answer(line)
-            except (UsageError, DataError) as error:  # such as a question too long: the conversation goes on without it
-                if not sys.stdin.isatty():
-                    raise
-                say(f"error: {error}")
+    converse(answer, model.clear)
 
 
 def ensure_exported(folder: Path) -> None:
@@ -100,11 +79,9 @@ class HFModel:
 
         from etude.chat import ChatFormat
         from etude.device import pick_device
-        from etude.generation.plain import SamplingSettings
         from etude.llama import load_transformers
         from etude.tokenizer import Tokenizer
 
-        SamplingSettings(**{field.name: getattr(config, field.name) for field in fields(SamplingSettings)})  # checks them
         self.config, self.device = config, pick_device(config.device)
         self.model = load_transformers(config.model, torch.float32).to(self.device)
         self.context, vocab_size = self.model.config.max_position_embeddings, self.model.config.vocab_size
@@ -189,25 +166,6 @@ class Printer:
     def _show(self, text: str) -> None:
         print(text, end="", flush=True)
         self.text += text
-
-
-def typed_lines() -> Iterator[str]:
-    """Lines from the terminal until Ctrl-D or Ctrl-C, or from a pipe."""
-    sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="replace")
-    if not sys.stdin.isatty():
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
-        return
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  gives input() line editing and history
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            yield input("> ")
-    print()
-
-
-def say(notice: str) -> None:
-    """Tell the person, on standard error: standard output holds answers and nothing else."""
-    print(notice, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

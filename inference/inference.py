@@ -7,7 +7,6 @@
 The options are explained by --help, the exit codes in etude/errors.py.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from etude import cli, paths
 from etude.cli import option
 from etude.errors import DataError, EtudeError, MismatchError, UsageError
+from etude.generation.settings import SamplingSettings, sampling_of
+from etude.terminal import converse, say
 
 COMMANDS = {"chat": "answer questions, remembering the conversation", "complete": "go on from a text"}
 
@@ -29,20 +30,13 @@ def newest_model() -> str:
 
 
 @dataclass(frozen=True)
-class InferenceConfig:
+class InferenceConfig(SamplingSettings):
     model: str = option(newest_model, "model folder: the fine-tuned model if there is one, else the pretrained one")
     prompt: str | None = option(None, "answer this and leave")
     input: str = option("", "answer a file: .txt with a prompt a line, or .jsonl with prompts or conversations")
     output: str = option("", "where --input's answers go, as JSONL; left out: standard output")
     batch_size: int = option(8, "prompts of --input answered at a time")
     system: str = option("", "chat: a system message to begin the conversation with")
-    max_new_tokens: int = option(256, "longest answer, in tokens")
-    temperature: float = option(0.8, "below 1 sharpens, above 1 flattens the distribution; 0: always the likeliest token")
-    top_k: int = option(50, "sample among the k likeliest tokens; 0: all")
-    top_p: float = option(0.95, "sample among the likeliest tokens that together hold this probability; 1: all")
-    min_p: float = option(0.0, "sample among tokens at least this fraction as likely as the likeliest; 0: all")
-    repetition_penalty: float = option(1.0, "above 1: what was said becomes less likely; 1: off")
-    seed: int | None = option(None, "the same seed gives the same answers; left out: different each time")
     stop: tuple[str, ...] = option((), "strings that end an answer and are not shown")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = option("auto", "fp32, bf16 or fp16; auto is fp32")
@@ -51,11 +45,9 @@ class InferenceConfig:
 def main() -> None:
     command, config = cli.parse(InferenceConfig, __doc__.splitlines()[0], commands=COMMANDS)
     check(command, config)
-    from etude.generation.plain import SamplingSettings
     from etude.generation.text import load
 
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingSettings)}
-    SamplingSettings(**settings)  # refuses bad values before the model is read
+    settings = sampling_of(config)
     model = load(config.model, config.device, config.precision)
     say(f"{paths.typed(config.model)}: {model.model.config.num_parameters()['total']:,} parameters, context {model.context}")
     if config.input:
@@ -63,7 +55,7 @@ def main() -> None:
     elif config.prompt is not None:
         show(answer(model, command, [*opening(config), user(config.prompt)], config, settings))
     else:
-        converse(model, command, config, settings)
+        hold_conversation(model, command, config, settings)
 
 
 def check(command: str, config: InferenceConfig) -> None:
@@ -115,51 +107,18 @@ def show(stream: Generator[str, None, str], stoppable: bool = False) -> str:
     return text
 
 
-def converse(model, command: str, config: InferenceConfig, settings: dict) -> None:
-    """Answer what is typed or piped in, line by line."""
-    person = sys.stdin.isatty()
-    if person:
-        say("Type and press Enter. exit leaves, clear begins anew, Ctrl-C stops an answer.")
-    messages, answered = opening(config), 0
-    for line in typed_lines():
-        if line.strip() == "exit":
-            return
-        if line.strip() == "clear":
-            messages = opening(config)
-            say("[cleared]")
-        elif line.strip():
-            try:
-                reply = show(answer(model, command, [*messages, user(line)], config, settings), stoppable=person)
-            except (UsageError, DataError) as error:  # such as a question too long: the conversation goes on without it
-                if not person:
-                    raise
-                say(f"error: {error}")
-                continue
-            messages += [user(line), {"role": "assistant", "content": reply}]
-            answered += 1
-    if not answered and not person:
-        raise DataError("standard input: nothing to answer; pipe in one prompt a line, or use --prompt")
+def hold_conversation(model, command: str, config: InferenceConfig, settings: dict) -> None:
+    """Answer what is typed or piped in, line by line, remembering what was said."""
+    messages = opening(config)
 
+    def reply_to(line: str) -> None:
+        reply = show(answer(model, command, [*messages, user(line)], config, settings), stoppable=sys.stdin.isatty())
+        messages.extend([user(line), {"role": "assistant", "content": reply}])
 
-def typed_lines() -> Iterator[str]:
-    """Lines from the terminal until Ctrl-D or Ctrl-C, or from a pipe, as UTF-8."""
-    if not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-        try:
-            yield from (line.rstrip("\r\n") for line in sys.stdin)
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input: not UTF-8 ({error.reason}); convert it first") from None
-        return
-    sys.stdin.reconfigure(errors="replace")  # erasing half a Chinese character must not end the program
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  gives input() line editing and history
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        yield line
+    def clear() -> None:
+        messages[:] = opening(config)
+
+    converse(reply_to, clear)
 
 
 def answer_file(model, command: str, config: InferenceConfig, settings: dict) -> None:
@@ -220,11 +179,6 @@ def opening(config: InferenceConfig) -> list[dict]:
 
 def user(text: str) -> dict:
     return {"role": "user", "content": text}
-
-
-def say(notice: str) -> None:
-    """Tell the person, on standard error: standard output holds answers and nothing else."""
-    print(notice, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

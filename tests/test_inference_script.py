@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from etude import cli
-from etude.generation.plain import SamplingSettings
 from etude.generation.text import TextModel, load
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
@@ -315,9 +314,3 @@ def test_usage_errors_are_one_line(run, arguments, problem):
     code, _, err = run(*arguments)
     assert code == 2 and problem in err
     assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
-
-
-def test_sampling_defaults_are_the_packages():
-    """The script repeats them, so that --help can show them without torch."""
-    for field in dataclasses.fields(SamplingSettings):
-        assert getattr(script.InferenceConfig(), field.name) == field.default

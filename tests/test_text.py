@@ -10,7 +10,8 @@ import torch
 
 from etude.chat import ChatFormat
 from etude.errors import DataError, MismatchError, UsageError
-from etude.generation.plain import SamplingSettings, generate
+from etude.generation.plain import generate
+from etude.generation.settings import SamplingSettings
 from etude.generation.text import Reply, TextDecoder, TextModel, load
 from etude.llama import config_to_hf
 from etude.model.config import EtudeConfig

@@ -197,7 +197,7 @@ def test_asked_to_stop_at_every_step_in_turn(make, tmp_path, reference, kind):
     assert_same(tmp_path / "run", reference)
 
 
-def test_further_signals_do_not_disturb_the_save(make, tmp_path, reference, kind, monkeypatch):
+def test_further_signals_do_not_disturb_the_save(make, tmp_path, reference, kind):
     save = checkpoint.save
 
     def disturbed(*arguments):
@@ -206,11 +206,17 @@ def test_further_signals_do_not_disturb_the_save(make, tmp_path, reference, kind
         os.kill(os.getpid(), signal.SIGTERM)
         return path
 
+    run = make("run", optimizer=kind, loss=asking_to_stop(2, (signal.SIGINT, signal.SIGTERM, signal.SIGINT)))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(checkpoint, "save", disturbed)
-        make("run", optimizer=kind, loss=asking_to_stop(2, (signal.SIGINT, signal.SIGTERM, signal.SIGINT))).run()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    def body():
+        checkpoint.save = disturbed
+        try:
+            run.run()
+        finally:
+            assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    assert in_child(body) == 75
     assert [path.name for path in checkpoint.found_in(tmp_path / "run")] == ["step-00000002"]
     make("run", optimizer=kind).run()
     assert_same(tmp_path / "run", reference)

@@ -23,7 +23,9 @@ class BenchmarkConfig:
     batch_size: int = option(64, "sequences of a step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "Etude's optimizer; the peer's is AdamW")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "of matrix products; auto: what the hardware multiplies")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "of matrix products; auto: what the hardware multiplies"
+    )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile, for both; auto: on for CUDA only")
     rounds: int = option(5, "rounds in which the two take turns; the medians count")
     steps: int = option(10, "steps of a round")
@@ -51,11 +53,14 @@ def compare(config: BenchmarkConfig, folder: str) -> dict[str, object]:
 
     from etude.device import describe
 
-    ours, device, flops = etude_step(config, folder)
-    theirs = huggingface_step(config, device)
+    ours, trainer, batches = etude_step(config, folder)
+    device, flops = trainer.device, trainer.model.config.training_flops_per_token(config.block_size)
+    theirs = huggingface_step(config, trainer, batches)
     rates: dict[str, list[float]] = {"etude": [], "huggingface": []}
+    firsts = [step() for step in (ours, theirs)]  # compiles, too
+    agreement = require_agreement(*firsts)
     for step in (ours, theirs):
-        for _ in range(3):  # compilation, allocation
+        for _ in range(3):
             step()
     for _ in range(config.rounds):
         for name, step in (("etude", ours), ("huggingface", theirs)):
@@ -63,6 +68,7 @@ def compare(config: BenchmarkConfig, folder: str) -> dict[str, object]:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     figures: dict[str, object] = {
         "machine": describe(device),
+        "first step": agreement,
         "torch": torch.__version__,
         "etude tokens/s": round(medians["etude"]),
         "huggingface tokens/s": round(medians["huggingface"]),
@@ -115,38 +121,56 @@ def etude_step(config: BenchmarkConfig, folder: str):
     trainer.model.train()
     batches = [trainer.batches.at(step) for step in range(4)]
     counter = iter(range(10**9))
-    flops = shape.training_flops_per_token(config.block_size)
-    return lambda: trainer._optimizer_step(batches[next(counter) % 4]), trainer.device, flops
+
+    def step() -> tuple:
+        measured = trainer._optimizer_step(batches[next(counter) % 4])
+        return measured["loss"], measured["grad_norm"]
+
+    return step, trainer, batches
 
 
-def huggingface_step(config: BenchmarkConfig, device):
-    """LlamaForCausalLM with the same shape, precision, compilation, fused AdamW and clipping."""
+def require_agreement(ours: tuple, theirs: tuple) -> str:
+    """The first step's loss and gradient norm, from equal weights on an equal batch: a fast wrong step is worth nothing."""
+    from etude.errors import VerificationError
+
+    (loss, norm), (their_loss, their_norm) = ([float(value) for value in step] for step in (ours, theirs))
+    found = f"loss {loss:.4f} / {their_loss:.4f}, gradient norm {norm:.4f} / {their_norm:.4f}"
+    if abs(loss / their_loss - 1) > 1e-3 or abs(norm / their_norm - 1) > 2e-2:
+        raise VerificationError(f"Etude and Hugging Face disagree on the first step: {found}")
+    return found
+
+
+def huggingface_step(config: BenchmarkConfig, trainer, batches: list):
+    """LlamaForCausalLM with the same weights, shape, precision, compilation, fused AdamW and clipping."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from etude.device import autocast, pick_precision
+    from etude.device import autocast
     from etude.model.config import PRESETS
+    from etude.weights import to_disk_name
 
     shape = LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, tie_word_embeddings=True,
-        use_cache=False, **PRESETS[config.preset],
+        rms_norm_eps=trainer.model.config.rms_norm_eps, use_cache=False, **PRESETS[config.preset],
     )  # fmt: skip
+    device = trainer.device
     model = LlamaForCausalLM(shape).to(device).train()
+    model.load_state_dict({to_disk_name(name): tensor for name, tensor in trainer.model.state_dict().items()}, strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     forward = torch.compile(model, dynamic=False) if compiled else model
-    precision = pick_precision(config.precision, device)
-    batches = [torch.randint(config.vocab_size, (config.batch_size, config.block_size), device=device) for _ in range(4)]
+    batches = [(batch["ids"].to(device).contiguous(), batch["labels"].to(device).contiguous()) for batch in batches]
     counter = iter(range(10**9))
 
-    def step() -> None:
-        ids = batches[next(counter) % 4]
-        with autocast(device, precision):
-            loss = forward(input_ids=ids, labels=ids).loss
+    def step() -> tuple:
+        ids, labels = batches[next(counter) % 4]
+        with autocast(device, trainer.precision):
+            loss = forward(input_ids=ids, labels=labels, shift_labels=labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach(), norm
 
     return step
 

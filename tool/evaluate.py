@@ -36,7 +36,7 @@ def main() -> None:
     from etude.evaluation import ask, evaluate_loss, read_questions
     from etude.generation.text import load
 
-    model = load(config.model, config.device, "fp32")
+    model = load(config.model, config.device, "fp32", verify=True)
     tokenizer, device = model.tokenizer, model.model.head_weight.device
     block_size = config.block_size or model.context
     keep = {"cache": config.token_cache, "val_fraction": 0.0, "max_bad": config.max_bad}
@@ -46,7 +46,9 @@ def main() -> None:
         found = evaluate_loss(model.model, samples, device, config.precision, batch_size=config.batch_size)
         bits = found.bits_per_byte(samples.store.text_bytes)
         results[name] = {"loss": found.loss, "perplexity": found.perplexity, "bits_per_byte": bits, "tokens": found.tokens}
-        print(f"{name:<14}loss {found.loss:.4f}  perplexity {found.perplexity:.2f}  bits/byte {bits:.4f}  ({found.tokens:,} tokens)")
+        print(
+            f"{name:<14}loss {found.loss:.4f}  perplexity {found.perplexity:.2f}  bits/byte {bits:.4f}  ({found.tokens:,} tokens)"
+        )
 
     if config.text:
         store, _ = prepare_pretrain(config.text, tokenizer, text_key=config.text_key, **keep)
@@ -57,7 +59,12 @@ def main() -> None:
     if config.questions:
         found = ask(model, read_questions(config.questions), config.batch_size)
         answers = [{**vars(answer), "correct": answer.correct} for answer in found.answers]
-        results["questions"] = {"exact_match": found.overall, "ended": found.ended, "by_skill": found.by_skill, "answers": answers}
+        results["questions"] = {
+            "exact_match": found.overall,
+            "ended": found.ended,
+            "by_skill": found.by_skill,
+            "answers": answers,
+        }
         for skill, share in {**found.by_skill, "all": found.overall}.items():
             print(f"{skill:<14}{share:6.1%} exact")
         print(f"{'ended':<14}{found.ended:6.1%} of the replies closed with their end token")

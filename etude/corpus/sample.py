@@ -577,8 +577,10 @@ def visiting(scene: Scene) -> Told:
 def counting_aloud(scene: Scene) -> Told:
     items, combinations = a_list(scene)
     patterns = [
-        ("[{name} counted the words in the book|{name} learned to count|Let us count with {name}]: {aloud}.",
-         "[{name}数着书里的词|{name}在学数数|我们和{name}一起数]：{aloud}，"),
+        (
+            "[{name} counted the words in the book|{name} learned to count|Let us count with {name}]: {aloud}.",
+            "[{name}数着书里的词|{name}在学数数|我们和{name}一起数]：{aloud}，",
+        ),
         ("There are {number}.", "一共{number}个。"),
     ]
     return prose(scene, patterns, combinations, name=scene.name(), aloud=count_aloud(scene, items), number=len(items))

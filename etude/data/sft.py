@@ -142,7 +142,9 @@ def prepare_sft(
                         if how:
                             cuts[how] += 1
                         to_val = is_validation or (fraction > 0 and tokens.goes_to_validation(text, fraction, seed))
-                        learnt = sum(len(tokenizer.token_bytes(i)) for i, is_learnt in zip(chat.ids, chat.mask, strict=True) if is_learnt)
+                        learnt = sum(
+                            len(tokenizer.token_bytes(i)) for i, is_learnt in zip(chat.ids, chat.mask, strict=True) if is_learnt
+                        )
                         writers["val" if to_val else "train"].add(chat.ids, learnt, chat.mask)
         writers["train"].close(rejected=rejects.reasons, cuts=cuts, too_long=too_long)
         writers["val"].close()

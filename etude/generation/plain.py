@@ -9,45 +9,15 @@ Shapes: B rows (prompts), T tokens now, D hidden_size, V vocab_size.
 import math
 import random
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from etude.errors import UsageError, VerificationError
+from etude.generation.settings import SamplingSettings
 from etude.model.attention import KVCache
 from etude.model.transformer import Etude
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How the next token is chosen, and how many of them. Names and meanings are Hugging Face's."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.8  # below 1 sharpens the distribution, above 1 flattens it; 0: always the likeliest token
-    top_k: int = 50  # only the k likeliest tokens; 0: all
-    top_p: float = 0.95  # only the likeliest tokens that together hold this probability; 1: all
-    min_p: float = 0.0  # only tokens at least this fraction as likely as the likeliest; 0: all
-    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the reply so far become less likely; 1: off
-    seed: int | None = None  # None: different each time
-
-    def __post_init__(self) -> None:
-        rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (
-                self.temperature == 0 or 0.001 <= self.temperature < math.inf,
-                "at least 0.001, or 0 for always the likeliest token",
-            ),
-            "top_k": (self.top_k >= 0, "at least 1, or 0 to switch it off"),
-            "top_p": (0 < self.top_p <= 1, "greater than 0 and at most 1, where 1 switches it off"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1, where 0 switches it off"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "greater than 0, where 1 switches it off"),
-            "seed": (self.seed is None or self.seed >= 0, "at least 0, or left out for a different answer each time"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise UsageError(f"{name} ({getattr(self, name)}) must be {rule}")
 
 
 class Step(NamedTuple):

@@ -23,22 +23,23 @@ from etude.chat import ChatFormat, Messages, to_messages
 from etude.corpus.jsonl import unencodable
 from etude.device import PRECISIONS, pick_device, pick_precision
 from etude.errors import DataError, MismatchError, UsageError
-from etude.generation.plain import SamplingSettings, generate
+from etude.generation.plain import generate
+from etude.generation.settings import SamplingSettings
 from etude.llama import load_any
 from etude.model.transformer import Etude
 from etude.tokenizer import Tokenizer
 
 
-def load(folder: str | Path, device: str = "auto", precision: str = "auto") -> "TextModel":
+def load(folder: str | Path, device: str = "auto", precision: str = "auto", verify: bool = False) -> "TextModel":
     """The model in ``folder``, Etude's own or in Llama format, which holds all it needs: config.json, the weights and the
     tokenizer's files.
 
     ``precision`` "auto" is fp32 everywhere: answers are then the same in any batch, ties aside. "bf16" halves the
-    memory and is faster on hardware that multiplies it.
+    memory and is faster on hardware that multiplies it. ``verify`` compares a foreign model with transformers first.
     """
     chosen = pick_device(device)
     dtype = PRECISIONS["fp32" if precision == "auto" else pick_precision(precision, chosen)]
-    return TextModel(load_any(folder, chosen, dtype), Tokenizer(folder))
+    return TextModel(load_any(folder, chosen, dtype, verify), Tokenizer(folder))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,15 @@ ROPE_SCALING_KEYS = {
     "yarn": {"factor"},
 }
 ROPE_SCALING_OPTIONAL = {
-    "yarn": {"original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
+    "yarn": {
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
 }
 
 

@@ -30,7 +30,9 @@ class RotaryTable:
         """Cosine and sine, each (max_position_embeddings, d/2) in fp32."""
         if self._cos is None or self._cos.device != device:
             with torch.inference_mode(False):  # a table first used in inference must serve training too
-                self._cos, self._sin = rotary_angles(self.config, torch.arange(self.config.max_position_embeddings, device=device))
+                self._cos, self._sin = rotary_angles(
+                    self.config, torch.arange(self.config.max_position_embeddings, device=device)
+                )
         return self._cos, self._sin
 
 

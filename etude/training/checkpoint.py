@@ -42,12 +42,12 @@ class Checkpoint:
         return self.state["step"]
 
 
-def save(
-    run: str | Path, state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int
-) -> Path:
+def save(run: str | Path, state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int) -> Path:
     """Write the checkpoint of ``state["step"]``, then delete all but the newest ``keep``."""
     target = Path(run) / "checkpoints" / f"step-{state['step']:08d}"
-    weights = {to_disk_name(name): _on_cpu(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {
+        to_disk_name(name): _on_cpu(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     with whole_folder(target) as folder:
         write_safetensors(weights, folder / "model.safetensors")
         write_safetensors(_optimizer_tensors(model, optimizers), folder / "optimizer.safetensors")
@@ -198,7 +198,9 @@ def _restore_optimizers(checkpoint: Checkpoint, model: nn.Module, optimizers: li
         states = {index: saved.pop((kind, names[p]), None) for index, p in enumerate(parameters)}
         missing = [names[parameters[index]] for index, state in states.items() if state is None]
         if missing and checkpoint.step > 0:
-            raise MismatchError(f"{checkpoint.path}: the {kind} state of {len(missing)} weights is missing, the first: {missing[0]}")
+            raise MismatchError(
+                f"{checkpoint.path}: the {kind} state of {len(missing)} weights is missing, the first: {missing[0]}"
+            )
         present = {index: state for index, state in states.items() if state is not None}
         keys = sorted({key for state in present.values() for key in state})
         for index, state in present.items():

@@ -41,18 +41,24 @@ class TrainingConfig:
     token_cache: str = option(lambda: paths.training_data("tokenized"), "folder that keeps data once tokenised")
     max_bad: int = option(0, "bad records to skip and list before giving up")
 
-    resume: str = option("auto", "auto: go on from output's newest checkpoint, if any; never: start over; or a checkpoint folder")
+    resume: str = option(
+        "auto", "auto: go on from output's newest checkpoint, if any; never: start over; or a checkpoint folder"
+    )
     allow_mismatch: str = option("", "settings that may differ from the checkpoint's on resume, separated by commas")
 
     block_size: int = option(512, "tokens of a training sequence")
     batch_size: int = option(16, "sequences per optimizer step, over all processes")
-    micro_batch_size: int | None = option(None, "sequences per forward pass (default: what 32,768 tokens hold); same result, less memory")
+    micro_batch_size: int | None = option(
+        None, "sequences per forward pass (default: what 32,768 tokens hold); same result, less memory"
+    )
     epochs: float = option(3.0, "passes over the data")
     max_steps: int | None = option(None, "optimizer steps; takes the place of epochs")
 
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: Muon for the layers' matrices, AdamW for the rest")
     learning_rate: float = option(3e-4, "peak learning rate (Muon's updates are scaled to suit the same number)")
-    schedule: Literal["linear", "cosine", "wsd"] = option("cosine", "after warm-up; wsd: stay at the peak, then fall to the end")
+    schedule: Literal["linear", "cosine", "wsd"] = option(
+        "cosine", "after warm-up; wsd: stay at the peak, then fall to the end"
+    )
     warmup_fraction: float = option(0.02, "share of the steps over which the learning rate rises to its peak")
     decay_fraction: float = option(0.4, "share of the steps over which it falls, for wsd")
     final_lr_fraction: float = option(0.1, "learning rate at the last step, as a share of the peak")
@@ -66,7 +72,9 @@ class TrainingConfig:
 
     seed: int = option(0, "seed of initial weights, data order, validation split and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "of matrix products; weights are fp32. auto: what the hardware multiplies")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "of matrix products; weights are fp32. auto: what the hardware multiplies"
+    )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on for CUDA only")
     deterministic: bool = option(False, "refuse GPU operations whose result depends on timing")
     threads: int = option(0, "CPU threads (0: torch's choice)")
@@ -115,17 +123,23 @@ class PretrainConfig(TrainingConfig):
     separate_documents: bool = option(False, "stop attention at document boundaries inside a block")
     sample_prompt: str = option("", "what printed samples begin with (default: the beginning of a validation document)")
 
-    preset: Literal["auto", "nano", "small", "base", "medium"] = option("auto", "named shape; auto: small on an accelerator, nano on a CPU")
+    preset: Literal["auto", "nano", "small", "base", "medium"] = option(
+        "auto", "named shape; auto: small on an accelerator, nano on a CPU"
+    )
     hidden_size: int | None = option(None, "channels of the residual stream (default: the preset's)")
     num_hidden_layers: int | None = option(None, "layers (default: the preset's)")
     num_attention_heads: int | None = option(None, "query heads (default: the preset's)")
     num_key_value_heads: int | None = option(None, "key and value heads (default: as many as query heads)")
     head_dim: int | None = option(None, "channels of a head (default: hidden_size / num_attention_heads)")
-    intermediate_size: int | None = option(None, "channels inside the feed-forward layer (default: the preset's, or 8/3 of hidden_size)")
+    intermediate_size: int | None = option(
+        None, "channels inside the feed-forward layer (default: the preset's, or 8/3 of hidden_size)"
+    )
     max_position_embeddings: int | None = option(None, "longest context in tokens (default: block_size)")
     rms_norm_eps: float = option(1e-5, "epsilon of RMSNorm")
     rope_theta: float = option(10_000.0, "base of the rotary embedding's wavelengths")
-    rope_scaling: dict | None = option(None, 'context extension, as JSON: {"rope_type": "llama3" | "linear" | "yarn", "factor": …}')
+    rope_scaling: dict | None = option(
+        None, 'context extension, as JSON: {"rope_type": "llama3" | "linear" | "yarn", "factor": …}'
+    )
     tie_word_embeddings: bool = option(True, "share the embedding with the output head")
     qk_norm: bool = option(False, "normalise queries and keys; the export is then a Qwen3")
     initializer_range: float = option(0.02, "standard deviation of the initial weights")

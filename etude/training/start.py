@@ -9,7 +9,8 @@ import torch
 from etude.chat import ChatFormat
 from etude.data.tokens import TokenStore
 from etude.errors import MismatchError, UsageError
-from etude.generation.plain import SamplingSettings, generate
+from etude.generation.plain import generate
+from etude.generation.settings import SamplingSettings
 from etude.llama import load_any
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
@@ -22,7 +23,7 @@ SAMPLE_TOKENS = 48
 def pretraining_model(config: PretrainConfig, tokenizer: Tokenizer) -> Etude:
     """A new model with the shape that ``config`` asks for, or the one in ``init_from``, for continued pretraining."""
     if config.init_from:
-        model = load_any(config.init_from)
+        model = load_any(config.init_from, verify=True)
         _require_fit(model, tokenizer, config.init_from, config)
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         asked = [name for name in SHAPE_FIELDS if getattr(config, name) != defaults[name]]
@@ -48,7 +49,7 @@ def starting_model(config: TrainingConfig, before: str) -> tuple[Etude, Tokenize
     folder = Path(config.init_from)
     if not (folder / "config.json").is_file():
         raise MismatchError(f"{folder}: there is no model to start from; run: {before}")
-    tokenizer, model = Tokenizer(folder), load_any(folder)
+    tokenizer, model = Tokenizer(folder), load_any(folder, verify=True)
     _require_fit(model, tokenizer, str(folder), config)
     return _with_dropout(model, config), tokenizer
 

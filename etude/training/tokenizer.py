@@ -24,7 +24,9 @@ def show_config(config: TokenizerConfig) -> None:
     for file in files:
         print(f"data      {paths.typed(file)}  {file.stat().st_size:,} bytes")
     share = _share(config, files)
-    print(f"sample    {'all of the text' if share >= 1 else f'about {share:.1%} of the documents'} (--max_bytes {config.max_bytes:,})")
+    print(
+        f"sample    {'all of the text' if share >= 1 else f'about {share:.1%} of the documents'} (--max_bytes {config.max_bytes:,})"
+    )
     print(f"vocab     {config.vocab_size:,} tokens, {len(SPECIAL_TOKENS)} of them special: {' '.join(SPECIAL_TOKENS)}")
     print(f"output    {paths.typed(config.output)}")
 
@@ -77,7 +79,9 @@ def verify(config: TokenizerConfig) -> None:
         if tokenizer.id_of(token) in tokenizer.encode(token):
             raise VerificationError(f"{tokenizer.folder}: {token} in plain text becomes the control token")
     verify_template(tokenizer)
-    print(f"verified  {len(HARD_TEXTS) + 500 + len(texts):,} texts come back byte for byte; special tokens in text stay text; the template holds")
+    print(
+        f"verified  {len(HARD_TEXTS) + 500 + len(texts):,} texts come back byte for byte; special tokens in text stay text; the template holds"
+    )
     for script, (size, characters, count) in compression(tokenizer, texts).items():
         print(f"          {script:<8} {size / count:5.2f} bytes and {characters / count:5.2f} characters per token")
 
@@ -106,7 +110,9 @@ def verify_template(tokenizer: Tokenizer) -> None:
         chat = ChatFormat(tokenizer).encode(messages[first:])
         rendered = reference.apply_chat_template(messages[first:], return_dict=True, return_assistant_tokens_mask=True)
         if chat.ids != list(rendered["input_ids"]) or chat.mask != [bool(flag) for flag in rendered["assistant_masks"]]:
-            raise VerificationError(f"{tokenizer.folder}: apply_chat_template and Etude disagree on a conversation's ids or mask")
+            raise VerificationError(
+                f"{tokenizer.folder}: apply_chat_template and Etude disagree on a conversation's ids or mask"
+            )
         prompt = ChatFormat(tokenizer).prompt(messages[first:-1])
         if chat.ids[: len(prompt)] != prompt:
             raise VerificationError(f"{tokenizer.folder}: the generation prompt is no prefix of the training ids")

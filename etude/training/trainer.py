@@ -279,7 +279,9 @@ class Trainer:
         self.log.draw(f"{os.path.basename(self.config.output)}: {self.steps} steps")
         self.log.close()
         best = f"; best validation loss {self.best_val_loss:.4f} in best/" if math.isfinite(self.best_val_loss) else ""
-        self.log.line(f"complete  {self.steps} steps in {duration(self.seconds)}{best}\nmodel     {paths.typed(self.config.output)}")
+        self.log.line(
+            f"complete  {self.steps} steps in {duration(self.seconds)}{best}\nmodel     {paths.typed(self.config.output)}"
+        )
 
     # -- resuming ---------------------------------------------------------------------------------------------------------
 
@@ -305,7 +307,10 @@ class Trainer:
             found = checkpoint.load(self.config.resume)
         notes = self._check_identity(found)
         if self.steps < found.step:
-            raise MismatchError(f"{found.path}: the run is at step {found.step} already, past the {self.steps} asked for; ask for more, or start over with --resume never")
+            raise MismatchError(
+                f"{found.path}: the run is at step {found.step} already, past the {self.steps} asked for; "
+                "ask for more, or start over with --resume never"
+            )
         checkpoint.restore(found, self.model, self.optimizers)
         if self.scaler and found.state["scaler"]:
             self.scaler.load_state_dict(found.state["scaler"])
@@ -315,7 +320,9 @@ class Trainer:
         self.validation_pending = found.state["validation_pending"]
         self.tokens_seen, self.seconds = found.state["tokens_seen"], found.state["seconds"]
         if found.state["steps"] != self.steps:
-            notes.append(f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more")
+            notes.append(
+                f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more"
+            )
         if aside := checkpoint.set_aside(output, after=self.step):
             notes.append(f"later checkpoints were moved to {paths.typed(aside)}")
         return "; ".join([f"from {paths.typed(found.path)}", *notes])
@@ -344,13 +351,19 @@ class Trainer:
             return max(1, self.steps // share) if value is None else value
 
         config = self.config
-        return {"eval": every(config.eval_every, 10), "save": every(config.save_every, 10), "sample": every(config.sample_every, 5)}
+        return {
+            "eval": every(config.eval_every, 10),
+            "save": every(config.save_every, 10),
+            "sample": every(config.sample_every, 5),
+        }
 
     def _print_header(self, resumed: str) -> None:
         counts = self.model.config.num_parameters()
         shape = self.model.config
         tokens = self.batches.batch_size * self.batches.samples.block_size
-        print(f"model     {counts['total']:,} parameters: {shape.hidden_size} wide, {shape.num_hidden_layers} layers, vocabulary {shape.vocab_size:,}")
+        print(
+            f"model     {counts['total']:,} parameters: {shape.hidden_size} wide, {shape.num_hidden_layers} layers, vocabulary {shape.vocab_size:,}"
+        )
         print(f"device    {describe(self.device)}; {self.precision}{', compiled' if self.step_loss is not self.loss else ''}")
         epochs = self.steps / self.batches.steps_per_epoch
         print(f"run       {self.steps:,} steps of {tokens:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}")
