@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	PATH="$(abspath $(BIN)):$$PATH" sh tool/demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" sh tool/demo/run.sh
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"

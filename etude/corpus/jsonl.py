@@ -8,7 +8,7 @@ import glob
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -165,13 +165,26 @@ def read_records(path: Path, rejects: Rejects) -> Iterator[tuple[str, dict[str, 
 
 
 def read_texts(
-    files: Sequence[Path], rejects: Rejects, text_key: str = "text", text_unit: str = "line"
+    files: Sequence[Path],
+    rejects: Rejects,
+    text_key: str = "text",
+    text_unit: str = "line",
+    without_key: Callable[[dict[str, Any]], str] | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """("file:line", document) of JSONL records' ``text_key``, and of .txt files by ``text_unit``, "line" or "file"."""
+    """("file:line", document) of JSONL records' ``text_key``, and of .txt files by ``text_unit``, "line" or "file".
+
+    A record that has no such key is bad, unless ``without_key`` finds a text in it; that too may raise :class:`DataError`.
+    """
     for path in files:
         if kind_of(path) == ".jsonl":
             for place, record in read_records(path, rejects):
                 text = record.get(text_key)
+                if text is None and without_key is not None:
+                    try:
+                        text = without_key(record)
+                    except DataError as error:
+                        rejects.add(place, str(error))
+                        continue
                 if problem := _text_problem(text, text_key, record):
                     rejects.add(place, problem)
                 else:

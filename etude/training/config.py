@@ -15,7 +15,8 @@ class TokenizerConfig:
     """What train_tokenizer.py reads."""
 
     data: tuple[str, ...] = option(
-        lambda: (paths.training_data("pretrain/pretrain_hq.jsonl"),), "text to learn from: .jsonl or .txt files, folders, globs"
+        lambda: (paths.training_data("pretrain/pretrain_hq.jsonl"),),
+        "text and conversations to learn from: .jsonl or .txt files, folders, globs",
     )
     output: str = option(lambda: paths.weight("tokenizer"), "folder to write the tokenizer to")
     vocab_size: int = option(16_384, "tokens in the vocabulary, special ones included")

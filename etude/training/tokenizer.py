@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from etude import paths
-from etude.chat import ChatFormat
+from etude.chat import ChatFormat, to_messages
 from etude.corpus.jsonl import COMPRESSED_SUFFIXES, Rejects, find_files, read_texts
 from etude.errors import VerificationError
 from etude.runlog import progress_bar
@@ -41,6 +41,16 @@ def train(config: TokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
+def _texts(config: TokenizerConfig, rejects: Rejects) -> Iterator[str]:
+    """Documents, and what is said in conversations: a model that will chat should have words for that."""
+
+    def said(record: dict) -> str:
+        return "\n".join(message["content"] for message in to_messages(record))
+
+    for _, text in read_texts(find_files(config.data), rejects, config.text_key, config.text_unit, without_key=said):
+        yield text
+
+
 def _share(config: TokenizerConfig, files: list[Path]) -> float:
     sizes = (file.stat().st_size * (COMPRESSION if file.suffix in COMPRESSED_SUFFIXES else 1) for file in files)
     return config.max_bytes / max(1, sum(sizes)) if config.max_bytes else 1.0
@@ -50,7 +60,7 @@ def _sample(config: TokenizerConfig, rejects: Rejects) -> Iterator[str]:
     files = find_files(config.data)
     share, used = _share(config, files), 0
     with progress_bar("reading", config.max_bytes if share < 1 else sum(f.stat().st_size for f in files), "B") as bar:
-        for number, (_, text) in enumerate(read_texts(files, rejects, config.text_key, config.text_unit)):
+        for number, text in enumerate(_texts(config, rejects)):
             if share < 1:
                 digest = hashlib.blake2b(f"{config.seed},{number}".encode(), digest_size=8).digest()
                 if int.from_bytes(digest, "big") >= share * 2**64:
@@ -138,7 +148,7 @@ def _random_texts(seed: int, count: int) -> Iterator[str]:
 
 def _verification_texts(config: TokenizerConfig) -> list[str]:
     texts, size = [], 0
-    for _, text in read_texts(find_files(config.data), Rejects(config.max_bad), config.text_key, config.text_unit):
+    for text in _texts(config, Rejects(config.max_bad)):
         texts.append(text)
         size += len(text.encode("utf-8"))
         if size >= VERIFY_BYTES:
