@@ -85,6 +85,12 @@ def test_an_empty_store_is_a_store(tmp_path):
     assert (len(store), store.documents, store.ids(0, 0).tolist(), store.starts.tolist()) == (0, 0, [], [0])
 
 
+def test_reasons_that_utf_8_cannot_hold_are_kept(tmp_path):
+    writer = StoreWriter(tmp_path, 320, masked=False)
+    writer.close(rejected=["caf\udce9.jsonl:3: a file name from another time", "春"])
+    assert TokenStore(tmp_path).info["rejected"] == ["caf\udce9.jsonl:3: a file name from another time", "春"]
+
+
 def test_the_content_hash_tells_any_difference(tmp_path):
     documents = [[1, 2, 3], [4, 5]]
     masks = [[True, False, True], [False, True]]
@@ -482,6 +488,11 @@ def test_long_conversations_are_cut_or_left_out_and_counted(tmp_path, tokenizer,
         assert "1 conversations were left out, their first question alone filling block_size (60)" in printed
         prepared_chats_again = prepare_sft([str(tmp_path / "chats.jsonl")], tokenizer, tmp_path / "cache", 60, val_fraction=0)
         assert prepared_chats_again[0].folder == train.folder
+
+
+def test_a_question_left_open_is_no_part_of_a_conversation():
+    assert read_conversation(conversation("a", "b", "and c?")) == read_conversation(conversation("a", "b"))
+    assert len(read_conversation(conversation("a", "b", "c", "d"))) == 4
 
 
 def test_nothing_but_questions_is_no_data(tmp_path, tokenizer):

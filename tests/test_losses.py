@@ -253,7 +253,12 @@ def test_evaluation_takes_evenly_spaced_samples_up_to_its_limit(model):
 def test_evaluation_changes_nothing_about_the_model(model, training):
     model.train(training)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = evaluate_loss(model, Rows(), CPU)
+
+    def loss(model, batch):
+        assert not model.training and not torch.is_grad_enabled()  # no dropout, and nothing kept for a backward pass
+        return causal_lm_loss(model, batch)
+
+    result = evaluate_loss(model, Rows(), CPU, loss=loss)
     assert model.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

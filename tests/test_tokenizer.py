@@ -232,9 +232,9 @@ def test_cutting_long_runs_loses_and_repeats_nothing():
 
 
 def test_transformers_gives_equal_ids(tokenizer, hf):
-    assert len(hf) == len(tokenizer)
+    assert len(hf) == len(tokenizer) and hf.clean_up_tokenization_spaces is False
     assert (hf.pad_token_id, hf.eos_token_id, hf.bos_token_id) == (tokenizer.pad_id, tokenizer.eos_id, None)
-    texts = [*HARD, *TEXTS, "1234567 ３４ ½", "a , b . do n't , it 's !", *random_texts(3, 300)]
+    texts = [*HARD, *TEXTS, "1234567 ３４ ½", *random_texts(3, 300)]
     for text in texts:
         assert hf(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)  # and nothing is put around them
         if not any(token in text for token in SPECIAL_TOKENS):

@@ -14,13 +14,14 @@ exactly when the combination it asks about is one of them while its other combin
 """
 
 import hashlib
-import json
-import os
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from etude.corpus.jsonl import write_records
 
 EN, ZH = 0, 1  # a pair of texts is always (English, Chinese), and a language is an index into it
 Pair = tuple[str, str]
@@ -747,21 +748,19 @@ def traces(key: tuple) -> list[str]:
     return []
 
 
-def write_sample(folder: str | Path, seed: int = 0, documents: int = DOCUMENTS, talks: int = TALKS,
-                 per_skill: int = 60) -> dict[str, int]:  # fmt: skip
-    """Write the world's three files under ``folder``, each whole or not at all; return how many records each holds."""
+def held_out_documents(seed: int = 0, count: int = 300) -> list[dict]:
+    """Documents of the same world that :func:`pretraining_documents` does not hold, to measure the loss on."""
+    trained_on = {document["text"] for document in pretraining_documents(seed)}
+    others = (document for document in pretraining_documents(seed + 1) if document["text"] not in trained_on)
+    return list(itertools.islice(others, count))
+
+
+def write_sample(folder: str | Path, seed: int = 0) -> dict[str, int]:
+    """Write the world's four files under ``folder``, each whole or not at all; return how many records each holds."""
     files = {
-        "pretrain/pretrain_hq.jsonl": pretraining_documents(seed, documents),
-        "sft/sft_mini_512.jsonl": conversations(seed, talks),
-        "eval/questions.jsonl": held_out_questions(seed, per_skill),
+        "pretrain/pretrain_hq.jsonl": pretraining_documents(seed),
+        "sft/sft_mini_512.jsonl": conversations(seed),
+        "eval/questions.jsonl": held_out_questions(seed),
+        "eval/text.jsonl": held_out_documents(seed),
     }
-    counts = {}
-    for name, records in files.items():
-        path = Path(folder) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-        counts[name] = len(lines)
-    return counts
+    return {name: write_records(Path(folder) / name, records) for name, records in files.items()}
