@@ -8,6 +8,7 @@ normaliser, which would break that. The split into words is Qwen2's, digits one 
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -119,8 +120,17 @@ class Tokenizer:
         token = self._text.id_to_token(token_id)
         if token is None or token_id in self.special_ids:
             return b""
-        table = _byte_of_character()
-        return bytes(table[character] for character in token) if all(c in table for c in token) else token.encode()
+        if self._is_byte_level:
+            table = _byte_of_character()
+            return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
+        # SentencePiece, as Llama 2 has it: U+2581 is a space, <0x0A> a byte
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = json.loads(self.json).get("decoder") or {}
+        return "ByteLevel" in (part.get("type") for part in [decoder, *decoder.get("decoders", [])])
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -219,7 +229,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int, d
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=64,  # bytes; longer ones are only ever noise, such as rules of dashes
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     backend.train_from_iterator((piece for text in texts for piece in _cut_long_runs(text)), trainer=trainer)
     if backend.get_vocab_size() < vocab_size:

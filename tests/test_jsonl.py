@@ -75,6 +75,13 @@ def test_other_encodings_are_refused(tmp_path, encoding):
     assert "a.jsonl:1: " in refusal(write(tmp_path / "a.jsonl", text.encode(encoding)))
 
 
+@pytest.mark.parametrize("unit", ["line", "file"])
+def test_utf_16_is_told_by_its_zero_bytes_where_every_byte_is_ascii(tmp_path, unit):
+    path = write(tmp_path / "a.txt", "plain words\n".encode("utf-16-le"))
+    assert "a.txt:1: holds a zero byte, as UTF-16 does; convert the file to UTF-8 first" in refusal(path, text_unit=unit)
+    assert "a.jsonl:1: not valid JSON" in refusal(write(tmp_path / "a.jsonl", '{"text": "a"}'.encode("utf-16-le")))
+
+
 def test_a_character_cut_at_the_end_of_the_file_is_an_error(tmp_path):
     assert "a.txt:2: not UTF-8 (byte 0xe6 at offset 6)" in refusal(write(tmp_path / "a.txt", "一\nab春".encode()[:-1]))
 

@@ -302,7 +302,7 @@ def tree(page: str) -> list[tuple[Path, str]]:
 def test_the_picture_of_the_folders_is_the_real_one(page):
     for path, remark in tree(page):
         assert path.exists(), path
-        for file in re.findall(r"\w+\.(?:py|sh)\b", remark):
+        for file in re.findall(r"[\w/]+\.(?:py|sh)\b", remark):
             assert (path / file).is_file(), path / file
 
 

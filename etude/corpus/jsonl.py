@@ -189,14 +189,15 @@ def read_texts(
                     rejects.add(place, problem)
                 else:
                     yield place, text
-        elif text_unit == "file":
-            text = "\n".join(line for _, line in read_lines(path))
-            if text.strip():
-                yield f"{path}:1", text
-            else:
-                rejects.add(f"{path}:1", "the file is empty")
-        else:
-            yield from ((f"{path}:{number}", line) for number, line in read_lines(path) if line.strip())
+            continue
+        lines = read_lines(path)
+        for number, text in [(1, "\n".join(line for _, line in lines))] if text_unit == "file" else lines:
+            if "\0" in text:
+                rejects.add(f"{path}:{number}", "holds a zero byte, as UTF-16 does; convert the file to UTF-8 first")
+            elif text.strip():
+                yield f"{path}:{number}", text
+            elif text_unit == "file":
+                rejects.add(f"{path}:{number}", "the file is empty")
 
 
 def _text_problem(text: Any, key: str, record: dict) -> str:

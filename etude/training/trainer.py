@@ -193,8 +193,10 @@ class Trainer:
             self._require_finite(step, *arriving.tolist())
 
     def _require_finite(self, step: int, loss_sum: float, norm: float, weight: float) -> None:
-        """Raise :class:`VerificationError` on a bad number. (fp16 gradients overflow now and then; the scaler skips them.)"""
-        if math.isfinite(loss_sum) and (math.isfinite(norm) or self.scaler) and weight > 0:
+        """Raise :class:`VerificationError` on a bad number. A gradient of exactly 0 is one: a broken backward pass, which would
+        otherwise pass for a run that does not learn. (fp16 gradients overflow and vanish now and then; the scaler sees to it.)
+        """
+        if math.isfinite(loss_sum) and weight > 0 and (self.scaler or (math.isfinite(norm) and norm > 0)):
             return
         samples = [self.batches.samples.describe(number) for number in self.batches.numbers(step)]
         what = "no supervised token" if weight == 0 else f"loss {loss_sum / weight:.4g}, gradient norm {norm:.4g}"
