@@ -42,10 +42,12 @@ def train(config: TokenizerConfig) -> Tokenizer:
 
 
 def _texts(config: TokenizerConfig, rejects: Rejects) -> Iterator[str]:
-    """Documents, and what is said in conversations: a model that will chat should have words for that."""
+    """Documents, and conversations with their roles, about as the chat template frames them: each turn of a chat costs
+    those words anew, so they should be short.
+    """
 
     def said(record: dict) -> str:
-        return "\n".join(message["content"] for message in to_messages(record))
+        return "\n".join(f"{message['role']}\n{message['content']}" for message in to_messages(record))
 
     for _, text in read_texts(find_files(config.data), rejects, config.text_key, config.text_unit, without_key=said):
         yield text
