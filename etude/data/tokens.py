@@ -26,7 +26,10 @@ class TokenStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.info: dict[str, Any] = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
+        try:
+            self.info: dict[str, Any] = json.loads((self.folder / "store.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            raise self._damaged(self.folder / "store.json") from None
         sizes = [min(SHARD_TOKENS, len(self) - first) for first in range(0, len(self), SHARD_TOKENS)]
         self._shards = [self._map(f"ids-{shard:05d}.bin", self.info["dtype"], size) for shard, size in enumerate(sizes)]
         masked = self.info["masked"]
@@ -36,8 +39,11 @@ class TokenStore:
     def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
         path = self.folder / name
         if not path.is_file() or path.stat().st_size != count * np.dtype(dtype).itemsize:
-            raise DataError(f"{path}: the tokenised data is damaged; delete {self.folder.parent}, and it is made anew")
+            raise self._damaged(path)
         return np.memmap(path, dtype=dtype, mode="r")
+
+    def _damaged(self, path: Path) -> DataError:
+        return DataError(f"{path}: the tokenised data is damaged; delete {self.folder.parent}, and it is made anew")
 
     def __len__(self) -> int:
         """Tokens in all."""
