@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Torch's CPU build comes from constraints.txt's pin; on a GPU machine install torch your own way first, then pip install -e .
+# On a GPU machine, or for a CPU-only torch from its own index, install torch your way first, then: pip install -e .
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all lint clean install

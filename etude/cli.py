@@ -14,6 +14,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from etude.errors import EtudeError, StorageError, UsageError
 
+STORAGE_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,  # the disk
+    errno.EACCES, errno.EPERM,  # permission
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,  # a path that cannot be what is asked of it
+}  # fmt: skip
+
 
 def option(default: Any, help: str, **keywords) -> Any:
     """A dataclass field with its explanation. A callable ``default`` is called when the config is made."""
@@ -102,7 +108,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO):
+        if error.errno in STORAGE_ERRORS:
             _fail(
                 f"{error.filename or 'the disk'}: {error.strerror}; free some space or choose another folder",
                 StorageError.exit_code,

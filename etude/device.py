@@ -56,7 +56,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Refuse operations whose result depends on timing (on CUDA; a CPU's results are reproducible anyway)."""
+    """Prefer operations whose result does not depend on timing, and warn of others (on CUDA; a CPU has none such)."""
     if enabled:
         import os
 

@@ -113,9 +113,9 @@ def _share(flags) -> float:
     return sum(flags) / len(flags) if flags else math.nan
 
 
-def read_questions(files: Sequence[str]) -> list[tuple[str, list[dict[str, str]]]]:
+def read_questions(files: Sequence[str], max_bad: int = 0) -> list[tuple[str, list[dict[str, str]]]]:
     """(skill, messages) of each question; the last message is the expected answer. Raises :class:`DataError`."""
-    questions, rejects = [], Rejects()
+    questions, rejects = [], Rejects(max_bad)
     for path in find_files(files):
         for place, record in read_records(path, rejects):
             try:

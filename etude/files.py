@@ -16,6 +16,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _make_readable(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -33,6 +34,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            _make_readable(file)
             sync(file)
         sync(temporary)
         if path.exists():
@@ -50,6 +52,12 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_readable(path: Path) -> None:
+    """Let all read it: safetensors makes its files readable by their owner alone, whatever the umask says."""
+    if os.name != "nt":
+        os.chmod(path, path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))
 
 
 def sync(path: Path) -> None:

@@ -27,7 +27,15 @@ from etude.model.attention import KVCache
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.tokenizer import Tokenizer
-from etude.weights import MODEL_TYPE, build_model, load_model, read_config_json, read_safetensors, to_disk_name
+from etude.weights import (
+    MODEL_TYPE,
+    build_model,
+    load_model,
+    read_config_json,
+    read_safetensors,
+    to_disk_name,
+    write_safetensors,
+)
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -228,8 +236,6 @@ def export_llama(
     fp32 logits (to 1e-4) and the same greedy tokens. With a half-precision ``dtype`` that is checked of the rounded
     weights, and the report says what rounding cost.
     """
-    from safetensors.torch import save_file
-
     if dtype not in DTYPES:
         raise UsageError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", license):
@@ -244,7 +250,7 @@ def export_llama(
     weights = {to_disk_name(name): tensor.to(DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()}
 
     with whole_folder(output_folder) as folder:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(weights, folder / "model.safetensors")
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", {**ids, "do_sample": True, **SAMPLING})
         tokenizer.save(folder, max_length=model.config.max_position_embeddings)

@@ -76,7 +76,10 @@ def chat_file(tmp_path) -> Path:
     """60 short conversations of one or two rounds."""
 
     def conversation(number: int) -> list[dict[str, str]]:
-        turns = [{"role": "user", "content": f"What is {number} + 1?"}, {"role": "assistant", "content": f"It is {number + 1}."}]
+        turns = [
+            {"role": "user", "content": f"What is {number} + 1?"},
+            {"role": "assistant", "content": f"It is {number + 1}."},
+        ]
         if number % 2:
             turns += [{"role": "user", "content": "谢谢！"}, {"role": "assistant", "content": f"不客气 {number}。"}]
         return turns

@@ -1,6 +1,5 @@
 """inference/inference.py as a person meets it: one prompt, a pipe, a terminal, a file, and what is said when it cannot work."""
 
-import dataclasses
 import importlib.util
 import io
 import json

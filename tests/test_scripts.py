@@ -263,7 +263,6 @@ def test_the_data_is_told_apart_by_what_it_says_not_by_its_name(call, home, with
     refused(call(*options), 78, "data ")
 
 
-@pytest.mark.xfail(strict=True, reason="no fingerprint of the weights that SFT starts from; take this mark away with that")
 def test_fine_tuning_another_model_is_not_called_complete(call, home, with_model, tiny_config, tokenizer):
     """Pretrained on, or anew, in the same folder: the finished SFT run was of the old weights."""
     from etude.model.transformer import Etude
@@ -275,7 +274,6 @@ def test_fine_tuning_another_model_is_not_called_complete(call, home, with_model
     refused(call("train/train_sft.py", *SHORT, "--sample_every", "0"), 78, "init_from")
 
 
-@pytest.mark.xfail(strict=True, reason="cli.run lets ENOTDIR and EEXIST through as tracebacks; take this mark away with that")
 @pytest.mark.parametrize("where", ["a file", "below a file"])
 @pytest.mark.parametrize(
     "command",

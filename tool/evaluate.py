@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from etude import cli, paths
 from etude.cli import option
@@ -21,6 +22,7 @@ class EvaluateConfig:
     batch_size: int = option(16, "sequences at a time; the results do not depend on it")
     block_size: int = option(0, "tokens of context (0: the model's)")
     text_key: str = option("text", "key of the text in .jsonl records")
+    text_unit: Literal["line", "file"] = option("line", "what one document is in .txt files")
     token_cache: str = option(lambda: paths.training_data("tokenized"), "folder that keeps data once tokenised")
     max_bad: int = option(0, "bad records to skip and list before giving up")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -51,13 +53,13 @@ def main() -> None:
         )
 
     if config.text:
-        store, _ = prepare_pretrain(config.text, tokenizer, text_key=config.text_key, **keep)
+        store, _ = prepare_pretrain(config.text, tokenizer, text_key=config.text_key, text_unit=config.text_unit, **keep)
         measure("text", PretrainBlocks(store, block_size, tokenizer.pad_id))
     if config.conversations:
         store, _ = prepare_sft(config.conversations, tokenizer, block_size=block_size, **keep)
         measure("conversations", SFTRows(store, block_size, tokenizer.pad_id))
     if config.questions:
-        found = ask(model, read_questions(config.questions), config.batch_size)
+        found = ask(model, read_questions(config.questions, config.max_bad), config.batch_size)
         answers = [{**vars(answer), "correct": answer.correct} for answer in found.answers]
         results["questions"] = {
             "exact_match": found.overall,

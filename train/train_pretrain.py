@@ -10,7 +10,7 @@ def main() -> None:
     from etude.data.pretrain import PretrainBlocks, prepare_pretrain
     from etude.losses import causal_lm_loss
     from etude.tokenizer import Tokenizer
-    from etude.training.start import continuation_sample, pretraining_model
+    from etude.training.start import continuation_sample, pretraining_model, weights_fingerprint
     from etude.training.trainer import Trainer
 
     tokenizer = Tokenizer(config.tokenizer)
@@ -28,7 +28,11 @@ def main() -> None:
         loss=causal_lm_loss,
         val=val_blocks,
         sample=continuation_sample(tokenizer, config.sample_prompt, val),
-        fingerprints={"data": train.info["content_sha256"], "tokenizer": tokenizer.fingerprint},
+        fingerprints={
+            "data": train.info["content_sha256"],
+            "tokenizer": tokenizer.fingerprint,
+            "init_from": weights_fingerprint(config.init_from),
+        },
     ).run()  # fmt: skip
 
 

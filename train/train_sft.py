@@ -9,7 +9,7 @@ def main() -> None:
     from etude.data.batches import Batches
     from etude.data.sft import SFTRows, prepare_sft
     from etude.losses import causal_lm_loss
-    from etude.training.start import reply_sample, starting_model
+    from etude.training.start import reply_sample, starting_model, weights_fingerprint
     from etude.training.trainer import Trainer
 
     model, tokenizer = starting_model(config, before="python train/train_pretrain.py")
@@ -25,7 +25,11 @@ def main() -> None:
         loss=causal_lm_loss,
         val=val_rows,
         sample=reply_sample(tokenizer, config.sample_prompt, val),
-        fingerprints={"data": train.info["content_sha256"], "tokenizer": tokenizer.fingerprint},
+        fingerprints={
+            "data": train.info["content_sha256"],
+            "tokenizer": tokenizer.fingerprint,
+            "init_from": weights_fingerprint(config.init_from),
+        },
     ).run()  # fmt: skip
 
 

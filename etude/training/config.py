@@ -77,7 +77,7 @@ class TrainingConfig:
         "auto", "of matrix products; weights are fp32. auto: what the hardware multiplies"
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on for CUDA only")
-    deterministic: bool = option(False, "refuse GPU operations whose result depends on timing")
+    deterministic: bool = option(False, "ask a GPU for operations whose result does not depend on timing")
     threads: int = option(0, "CPU threads (0: torch's choice)")
 
     log_every: int = option(10, "steps between records in metrics.jsonl")

@@ -1,6 +1,7 @@
 """What a stage starts from: a new model or the weights of one, and the prompts its samples answer."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from etude.llama import load_any
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.tokenizer import TURN_START, Tokenizer
+from etude.training.checkpoint import sha256
 from etude.training.config import SHAPE_FIELDS, PretrainConfig, TrainingConfig
 
 SAMPLE_TOKENS = 48
@@ -52,6 +54,12 @@ def starting_model(config: TrainingConfig, before: str) -> tuple[Etude, Tokenize
     tokenizer, model = Tokenizer(folder), load_any(folder, verify=True)
     _require_fit(model, tokenizer, str(folder), config)
     return _with_dropout(model, config), tokenizer
+
+
+def weights_fingerprint(folder: str) -> str:
+    """SHA-256 of the weights that a run starts from, "" where it starts from none: on resume they must be the same."""
+    files = sorted(Path(folder).glob("*.safetensors")) if folder else []
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest() if files else ""
 
 
 def _with_dropout(model: Etude, config: TrainingConfig) -> Etude:

@@ -120,7 +120,7 @@ class Trainer:
                 window.clear()
             if _due(self.step, every["eval"], last):
                 self._validate(stop)
-            if _due(self.step, every["sample"], last) and self.sample and not stop.received:
+            if every["sample"] and _due(self.step, every["sample"], last) and self.sample and not stop.received:
                 self.log.line(f"sample    {self.sample(self.model)}")
             if _due(self.step, every["save"], last) or stop.received:
                 self._save()
@@ -130,7 +130,8 @@ class Trainer:
     def _leave_if_asked(self, stop: StopSignals) -> None:
         if stop.received and (self.step < self.steps or self.validation_pending):
             self.log.close()
-            raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; the same command goes on from here")
+            again = "the same command" if self.config.resume == "auto" else "the same command with --resume auto"
+            raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; {again} goes on from here")
 
     def _optimizer_step(self, batch: dict[str, Tensor]) -> dict[str, float | Tensor]:
         """One update from a global batch. Its gradient is that of the mean over the batch's supervised tokens, however the
@@ -268,6 +269,7 @@ class Trainer:
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "identity": self.identity,
+            "settings": self._free_settings(),
         }
         checkpoint.save(self.config.output, state, self.model, self.optimizers, self.config.keep_checkpoints)
 
@@ -294,6 +296,11 @@ class Trainer:
         # The shape as it came out, not as it was asked for: a preset and its numbers spelled out are one model.
         settings = {name: value for name, value in settings.items() if f"model.{name}" not in shape and name != "preset"}
         return {**settings, "precision": self.precision, **shape, **fingerprints}
+
+    def _free_settings(self) -> dict[str, Any]:
+        """What may differ on resume, and is then printed; ``max_steps`` and ``epochs`` show as the number of steps."""
+        shown = FREE_ON_RESUME - {"resume", "allow_mismatch", "max_steps", "epochs"}
+        return {name: value for name, value in cli.as_dict(self.config).items() if name in shown}
 
     def _resume(self) -> str:
         """Go on from a checkpoint, if there is one. Returns a line about it for the header."""
@@ -340,7 +347,11 @@ class Trainer:
                 f"{found.path} is of a different run: {'; '.join(changes[name] for name in refused)}. Put the old settings back, "
                 f"choose another --output, start over with --resume never, or accept it with --allow_mismatch {','.join(refused)}"
             )
-        return [f"allowed: {changes[name]}" for name in differing]
+        before, now = found.state["settings"], self._free_settings()
+        free = [
+            f"{name} {before[name]} → {now[name]}" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
+        ]
+        return [f"allowed: {changes[name]}" for name in differing] + free
 
     # -- small things -------------------------------------------------------------------------------------------------------
 

@@ -29,9 +29,14 @@ def main() -> None:
     questions = read(home / "evaluation" / "questions.json")["questions"]
     exported = read(export / "etude_export.json")
     rows = [("pretrained model", f"{text['bits_per_byte']:.3f} bits per byte on text it has not seen")]
-    rows += [(f"  {skill}", f"{share:.1%} of unseen questions answered exactly") for skill, share in questions["by_skill"].items()]
     rows += [
-        ("all skills", f"{questions['exact_match']:.1%} exact; {questions['ended']:.1%} of the replies end with their end token"),
+        (f"  {skill}", f"{share:.1%} of unseen questions answered exactly") for skill, share in questions["by_skill"].items()
+    ]
+    rows += [
+        (
+            "all skills",
+            f"{questions['exact_match']:.1%} exact; {questions['ended']:.1%} of the replies end with their end token",
+        ),
         ("export", f"{exported['architecture']}, logits differ by at most {exported['max_logit_difference']:.1e}"),
         ("chat model", paths.typed(chat)),
         ("Llama format", paths.typed(export)),
