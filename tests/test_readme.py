@@ -24,7 +24,6 @@ from etude.model.config import PRESETS, EtudeConfig
 
 READMES = ["README.md", "README_CN.md"]
 PAGES = [*READMES, "docs/architecture.md"]
-AWAITED = {"docs/images/demo_pretrain_loss.png", "docs/images/demo_sft_loss.png"}  # links that need not lead anywhere yet
 FOREIGN_OPTIONS = {"repo-type", "local-dir", "dataset", "local_dir"}  # of hf and modelscope
 OWN_OPTIONS = {"help", "config", "print_config"}  # of every script
 SCRIPT_FOLDERS = ("train", "tool", "inference")
@@ -272,8 +271,7 @@ def test_links_and_pictures_lead_somewhere(page):
     for link in links:
         name, _, anchor = link.partition("#")
         target = os.path.relpath((ROOT / page).parent / name, ROOT) if name else page
-        if Path(target).as_posix() not in AWAITED:
-            assert (ROOT / target).exists(), link
+        assert (ROOT / target).exists(), link
         if anchor:
             assert anchor in anchors(target), link
 

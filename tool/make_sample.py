@@ -14,7 +14,7 @@ class SampleConfig:
 
 def main() -> None:
     config = cli.parse(SampleConfig, __doc__)
-    from etude.corpus.sample import write_sample
+    from etude.corpus.sample.world import write_sample
 
     for name, count in write_sample(config.output, config.seed).items():
         print(f"{name:<12}{count:>8,} records")
