@@ -102,8 +102,8 @@ class TrainingConfig:
 
 
 # On resume these may differ: they do not change what is computed, or only when it stops.
-FREE_ON_RESUME = {
-    "data", "val_data", "output", "token_cache", "tokenizer", "init_from",  # told apart by content, not by place
+TOLD_BY_CONTENT = {"data", "val_data", "output", "token_cache", "tokenizer", "init_from"}  # and not by where they lie
+FREE_ON_RESUME = TOLD_BY_CONTENT | {
     "resume", "allow_mismatch", "micro_batch_size", "epochs", "max_steps", "device", "compile", "deterministic", "threads",
     "log_every", "eval_every", "max_eval_tokens", "save_every", "keep_checkpoints", "sample_every", "tracker", "max_bad",
 }  # fmt: skip

@@ -24,7 +24,7 @@ from etude.model.transformer import Etude
 from etude.runlog import RunLog, duration
 from etude.tokenizer import Tokenizer
 from etude.training import checkpoint
-from etude.training.config import FREE_ON_RESUME, TrainingConfig
+from etude.training.config import FREE_ON_RESUME, TOLD_BY_CONTENT, TrainingConfig
 from etude.training.optim import lr_at, make_optimizers, set_lr
 from etude.training.signals import StopSignals
 from etude.weights import save_model
@@ -299,7 +299,7 @@ class Trainer:
 
     def _free_settings(self) -> dict[str, Any]:
         """What may differ on resume, and is then printed; ``max_steps`` and ``epochs`` show as the number of steps."""
-        shown = FREE_ON_RESUME - {"resume", "allow_mismatch", "max_steps", "epochs"}
+        shown = FREE_ON_RESUME - TOLD_BY_CONTENT - {"resume", "allow_mismatch", "max_steps", "epochs"}
         return {name: value for name, value in cli.as_dict(self.config).items() if name in shown}
 
     def _resume(self) -> str:
