@@ -45,6 +45,8 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     for field in fields:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         kind, arity = hints[field.name], {}
+        if kind == str | None:
+            kind = str  # else a prompt such as "null" or "# A heading" would be read as YAML's null
         if kind is bool:  # a switch may be given bare (--deterministic) or with its value, as a config file gives it
             arity = {"nargs": "?", "const": True}
         elif get_origin(kind) is tuple:  # --data one.jsonl two.jsonl

@@ -17,6 +17,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device ({name}) must be auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device ({name}) must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device ({name}): this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

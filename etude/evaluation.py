@@ -65,7 +65,7 @@ def evaluate_loss(
             batch = to_device(as_tensors(samples.load(numbers[start : start + batch_size])), device)
             with autocast(device, precision):
                 result = loss(model, batch)
-            nats += result.sum.double().cpu()
+            nats += result.sum.cpu().double()  # in this order: Metal has no fp64
             tokens += int(result.weight)
     finally:
         model.train(was_training)
@@ -122,8 +122,8 @@ def read_questions(files: Sequence[str], max_bad: int = 0) -> list[tuple[str, li
                 messages = read_conversation(record)
             except DataError as error:
                 rejects.add(place, str(error))
-            else:
-                questions.append((str(record.get("skill", "questions")), messages))
+                continue
+            questions.append((str(record.get("skill", "questions")), messages))
     if not questions:
         raise DataError(f"{', '.join(files)}: no questions in it; write conversations that end with the expected answer")
     return questions

@@ -92,6 +92,11 @@ class Tokenizer:
         identity = self.json + str(self.settings.get("chat_template"))
         return hashlib.sha256(identity.encode("utf-8")).hexdigest()
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, special and added ones included."""
+        return self._text.get_vocab(with_added_tokens=True)
+
     def __len__(self) -> int:
         """Tokens in the vocabulary, special and added ones included: the size that a model's embedding needs."""
         return self._text.get_vocab_size(with_added_tokens=True)

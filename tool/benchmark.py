@@ -10,6 +10,7 @@ from typing import Literal
 
 from etude import cli
 from etude.cli import option
+from etude.errors import UsageError
 from etude.files import whole_file
 
 COMMANDS = {"train": "tokens per second of whole training steps"}
@@ -31,6 +32,11 @@ class BenchmarkConfig:
     steps: int = option(10, "steps of a round")
     quick: bool = option(False, "a small shape and few steps: a minute on two CPU cores")
     output: str = option("", "also write the figures to this .json file")
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "batch_size", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} ({getattr(self, name)}) must be at least 1")
 
 
 def main() -> None:
@@ -86,7 +92,7 @@ def compare(config: BenchmarkConfig, folder: str) -> dict[str, object]:
 
 
 def etude_step(config: BenchmarkConfig, folder: str):
-    """The trainer's own step on random ids: loading, micro-batches, clipping, optimizer, finiteness checks and all."""
+    """The trainer's own step on random ids: the copy to the device, micro-batches, clipping, optimizer, checks and all."""
     import numpy as np
     import torch
 

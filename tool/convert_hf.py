@@ -22,7 +22,7 @@ class ConvertConfig:
 def main() -> None:
     config = cli.parse(ConvertConfig, __doc__)
     source = Path(config.input)
-    output = Path(config.output) if config.output else source.with_name(f"{source.resolve().name}_llama_format")
+    output = Path(config.output) if config.output else source.resolve().with_name(f"{source.resolve().name}_llama_format")
     if not (source / "config.json").is_file():
         remedy = "run: python train/train_sft.py" if config.input == DEFAULT_INPUT else "name an Etude model with --input"
         raise MismatchError(f"{paths.typed(source)}: there is no model here; {remedy}")

@@ -20,13 +20,17 @@ class EvaluateConfig:
     output: str = option("", "also write the results, every answer included, to this .json file")
     show_wrong: int = option(5, "wrong answers to print")
     batch_size: int = option(16, "sequences at a time; the results do not depend on it")
-    block_size: int = option(0, "tokens of context (0: the model's)")
+    block_size: int = option(0, "tokens of context (0: the model's, but at most 2,048)")
     text_key: str = option("text", "key of the text in .jsonl records")
     text_unit: Literal["line", "file"] = option("line", "what one document is in .txt files")
     token_cache: str = option(lambda: paths.training_data("tokenized"), "folder that keeps data once tokenised")
     max_bad: int = option(0, "bad records to skip and list before giving up")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = option("fp32", "fp32, or bf16 for speed at a cost in exactness")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16 is faster on hardware that multiplies it, and less exact")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.block_size < 0 or self.max_bad < 0:
+            raise UsageError("batch_size must be at least 1, block_size and max_bad at least 0")
 
 
 def main() -> None:
@@ -40,7 +44,9 @@ def main() -> None:
 
     model = load(config.model, config.device, "fp32", verify=True)
     tokenizer, device = model.tokenizer, model.model.head_weight.device
-    block_size = config.block_size or model.context
+    block_size = config.block_size or min(model.context, 2_048)
+    if block_size > model.context:
+        raise UsageError(f"block_size ({block_size}) is longer than the model's context ({model.context})")
     keep = {"cache": config.token_cache, "val_fraction": 0.0, "max_bad": config.max_bad}
     results: dict[str, object] = {"model": config.model}
 

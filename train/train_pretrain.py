@@ -9,11 +9,10 @@ def main() -> None:
     from etude.data.batches import Batches
     from etude.data.pretrain import PretrainBlocks, prepare_pretrain
     from etude.losses import causal_lm_loss
-    from etude.tokenizer import Tokenizer
-    from etude.training.start import continuation_sample, pretraining_model, weights_fingerprint
+    from etude.training.start import continuation_sample, pretraining_model, pretraining_tokenizer, weights_fingerprint
     from etude.training.trainer import Trainer
 
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = pretraining_tokenizer(config)
     train, val = prepare_pretrain(
         config.data, tokenizer, config.token_cache, config.val_data, config.val_fraction, config.seed,
         config.text_key, config.text_unit, config.max_bad,
@@ -30,6 +29,7 @@ def main() -> None:
         sample=continuation_sample(tokenizer, config.sample_prompt, val),
         fingerprints={
             "data": train.info["content_sha256"],
+            "val_data": val.info["content_sha256"],
             "tokenizer": tokenizer.fingerprint,
             "init_from": weights_fingerprint(config.init_from),
         },

@@ -27,6 +27,7 @@ def main() -> None:
         sample=reply_sample(tokenizer, config.sample_prompt, val),
         fingerprints={
             "data": train.info["content_sha256"],
+            "val_data": val.info["content_sha256"],
             "tokenizer": tokenizer.fingerprint,
             "init_from": weights_fingerprint(config.init_from),
         },

@@ -131,7 +131,10 @@ def prepare_sft(
                 for places, batch in _conversation_batches(sources, rejects):
                     for place, messages, chat in zip(places, batch, format.encode_batch(batch), strict=True):
                         if verified < VERIFIED_CONVERSATIONS:
-                            format.verify(messages)
+                            try:
+                                format.verify(messages)
+                            except DataError as error:
+                                raise DataError(f"{place}: {error}") from None
                             verified += 1
                         text = "\n".join(message["content"] for message in messages)
                         bar.update(len(text.encode("utf-8")))

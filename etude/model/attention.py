@@ -92,7 +92,10 @@ class Attention(nn.Module):
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)  # (B, G, S, d)
+        groups = self.groups
+        if context.mask is not None and groups > 1:  # with a mask, no fast kernel shares key heads between query heads
+            k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=context.causal, enable_gqa=self.groups > 1
+            q, k, v, attn_mask=context.mask, is_causal=context.causal, enable_gqa=groups > 1
         )  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))

@@ -126,6 +126,9 @@ def _checked_rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
     if missing or unknown:
         problem = f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown keys: {', '.join(sorted(unknown))}"
         raise UsageError(f"rope_scaling of type {kind} {problem}")
+    for key in scaling.keys() & {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}:
+        if isinstance(scaling[key], bool) or not isinstance(scaling[key], int | float) or scaling[key] <= 0:
+            raise UsageError(f"rope_scaling's {key} ({scaling[key]!r}) must be a number greater than 0")
     return {"rope_type": kind, **scaling}
 
 

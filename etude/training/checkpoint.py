@@ -149,6 +149,10 @@ def set_aside(run: str | Path, after: int = -1) -> Path | None:
     aside.mkdir()
     for path in later:
         path.rename(aside / path.name)
+    if after < 0:  # a run that starts over shares nothing with the old one, its best model and its figures included
+        for name in ("best", "metrics.jsonl", "loss.png"):
+            if (Path(run) / name).exists():
+                (Path(run) / name).rename(aside / name)
     return aside
 
 

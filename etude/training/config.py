@@ -1,6 +1,7 @@
 """The numbers a person edits, with their defaults and what they mean. Importing this costs nothing (no torch)."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,8 +98,15 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"{name} ({value}) must be between 0 and 1")
-        if self.epochs <= 0:
-            raise UsageError(f"epochs ({self.epochs}) must be greater than 0")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} ({getattr(self, name)}) must be at least 0 and less than 1")
+        if not 0 < self.epochs < math.inf:
+            raise UsageError(f"epochs ({self.epochs}) must be greater than 0, and finite")
+        if not 0 < self.epsilon < math.inf:
+            raise UsageError(f"epsilon ({self.epsilon}) must be greater than 0")
+        if self.seed >= 2**32:
+            raise UsageError(f"seed ({self.seed}) must be less than 2^32")
 
 
 # On resume these may differ: they do not change what is computed, or only when it stops.
@@ -117,7 +125,7 @@ class PretrainConfig(TrainingConfig):
         lambda: (paths.training_data("pretrain/pretrain_hq.jsonl"),), "text to learn from: .jsonl or .txt files, folders, globs"
     )
     output: str = option(lambda: paths.weight("etude_pretrained_model"), "folder of the run and its model")
-    tokenizer: str = option(lambda: paths.weight("tokenizer"), "tokenizer folder")
+    tokenizer: str | None = option(None, "tokenizer folder (default: weight/tokenizer, or that of init_from)")
     init_from: str = option("", "start from the weights in this model folder (Etude's or a Llama); its shape is kept")
     text_key: str = option("text", "key of the text in .jsonl records")
     text_unit: Literal["line", "file"] = option("line", "what one document is in .txt files")

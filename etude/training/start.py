@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from etude import paths
 from etude.chat import ChatFormat
 from etude.data.tokens import TokenStore
+from etude.device import pick_device
 from etude.errors import MismatchError, UsageError
 from etude.generation.plain import generate
 from etude.generation.settings import SamplingSettings
@@ -22,6 +24,17 @@ from etude.training.config import SHAPE_FIELDS, PretrainConfig, TrainingConfig
 SAMPLE_TOKENS = 48
 
 
+def pretraining_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """The tokenizer to train with: a model that is trained on keeps its own, for its ids mean nothing to another."""
+    tokenizer = Tokenizer(config.tokenizer or config.init_from or paths.weight("tokenizer"))
+    named_both = config.tokenizer and config.init_from and (Path(config.init_from) / "tokenizer.json").is_file()
+    if named_both and tokenizer.vocabulary != Tokenizer(config.init_from).vocabulary:
+        raise MismatchError(
+            f"{config.tokenizer}: not the vocabulary that {config.init_from} was trained with; leave out --tokenizer"
+        )
+    return tokenizer
+
+
 def pretraining_model(config: PretrainConfig, tokenizer: Tokenizer) -> Etude:
     """A new model with the shape that ``config`` asks for, or the one in ``init_from``, for continued pretraining."""
     if config.init_from:
@@ -32,14 +45,13 @@ def pretraining_model(config: PretrainConfig, tokenizer: Tokenizer) -> Etude:
         if asked or config.preset != "auto":
             raise UsageError(f"--init_from keeps the shape of its model; leave out --{(asked or ['preset'])[0]}")
         return _with_dropout(model, config)
-    on_accelerator = config.device != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available())
     shape = EtudeConfig(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
         dropout=config.dropout or 0.0,
-        **config.model_shape(on_accelerator),
+        **config.model_shape(on_accelerator=pick_device(config.device).type != "cpu"),
     )
     _require_length(shape, config)
     torch.manual_seed(config.seed)

@@ -1,5 +1,6 @@
 """The tokenizer stage: show what would be used, learn a vocabulary, prove that it is sound."""
 
+import dataclasses
 import hashlib
 import random
 import unicodedata
@@ -149,13 +150,8 @@ def _random_texts(seed: int, count: int) -> Iterator[str]:
 
 
 def _verification_texts(config: TokenizerConfig) -> list[str]:
-    texts, size = [], 0
-    for text in _texts(config, Rejects(config.max_bad)):
-        texts.append(text)
-        size += len(text.encode("utf-8"))
-        if size >= VERIFY_BYTES:
-            break
-    return texts
+    """A small sample from everywhere in the data, so that each of its languages is there."""
+    return list(_sample(dataclasses.replace(config, max_bytes=VERIFY_BYTES), Rejects(config.max_bad)))
 
 
 def compression(tokenizer: Tokenizer, texts: list[str]) -> dict[str, tuple[int, int, int]]:

@@ -29,6 +29,7 @@ from etude.training.optim import lr_at, make_optimizers, set_lr
 from etude.training.signals import StopSignals
 from etude.weights import save_model
 
+MAX_OVERFLOWS = 30  # of fp16 in a row: the scale has been halved as often, so it is not the scale
 AUTO_MICRO_BATCH_TOKENS = 32_768  # enough to keep a large GPU busy; logits of this many tokens still fit a small one
 
 
@@ -60,6 +61,8 @@ class Trainer:
         self.sample = sample
         self.device = pick_device(config.device)
         self.precision = pick_precision(config.precision, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams and events are the current device's
         self.model = model.to(self.device)
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
@@ -74,6 +77,7 @@ class Trainer:
         self.validation_pending = False  # it was due at this step, but the run was asked to stop
         self.tokens_seen = 0
         self.seconds = 0.0  # spent in steps, over all sessions of the run
+        self._overflows = 0  # fp16 steps skipped in a row
         self._unchecked: tuple[int, Tensor, Any] | None = None  # (step, its numbers on their way to the CPU, their arrival)
         self.identity = self._identity(fingerprints or {})
         self.log: RunLog
@@ -121,6 +125,7 @@ class Trainer:
             if _due(self.step, every["eval"], last):
                 self._validate(stop)
             if every["sample"] and _due(self.step, every["sample"], last) and self.sample and not stop.received:
+                self._check_health()
                 self.log.line(f"sample    {self.sample(self.model)}")
             if _due(self.step, every["save"], last) or stop.received:
                 self._save()
@@ -162,15 +167,27 @@ class Trainer:
             factor = factor * (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor)
         self._watch(torch.stack((loss_sum.float(), norm.float(), weight)))
+        # The scaler would skip by optimizer; an overflow anywhere spoils the common norm, so all skip together.
+        overflow = self.scaler is not None and not torch.isfinite(norm)
         for optimizer in self.optimizers:
-            if self.scaler:
+            if self.scaler and not overflow:
                 self.scaler.step(optimizer)
-            else:
+            elif not self.scaler:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.scaler:
             self.scaler.update()
+            self._require_scale(overflow)
         return {"loss": loss_sum / weight, "grad_norm": norm, "lr": lr, "supervised_tokens": weight}
+
+    def _require_scale(self, overflow: bool) -> None:
+        """Raise :class:`VerificationError` when fp16 overflows step after step, for then nothing is learnt at all."""
+        self._overflows = self._overflows + 1 if overflow else 0
+        if self._overflows > MAX_OVERFLOWS:
+            raise VerificationError(
+                f"step {self.step + 1}: fp16 has overflowed {self._overflows} times in a row; "
+                "lower --learning_rate, or use --precision fp32"
+            )
 
     def _watch(self, health: Tensor) -> None:
         """Have a step's (loss sum, gradient norm, weight) checked: at once, before they reach the weights, where that is free;

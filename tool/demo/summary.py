@@ -7,12 +7,14 @@ from pathlib import Path
 
 from etude import cli, paths
 from etude.cli import option
-from etude.errors import MismatchError
+from etude.errors import MismatchError, VerificationError
 
 
 @dataclass(frozen=True)
 class SummaryConfig:
     started: int = option(0, "when the demo began, in seconds since 1970; 0: not known")
+    require: float = option(0.0, "fail unless this share of all questions was answered exactly, and every reply ended")
+    require_each: float = option(0.0, "fail unless this share was in every skill")
 
 
 def read(path: Path) -> dict:
@@ -45,6 +47,12 @@ def main() -> None:
     if config.started:
         rows.append(("time", f"{(time.time() - config.started) / 60:.1f} minutes"))
     print("\n" + "\n".join(f"{name:<18}{value}" for name, value in rows))
+    least = min(questions["by_skill"].values())
+    if questions["exact_match"] < config.require or least < config.require_each or (config.require and questions["ended"] < 1):
+        raise VerificationError(
+            f"{questions['exact_match']:.1%} exact, {least:.1%} in the weakest skill, {questions['ended']:.1%} ended; "
+            f"required are {config.require:.0%}, {config.require_each:.0%} and, with --require, 100%"
+        )
     print(f"\nTo chat with it:  python inference/hf.py --model {paths.typed(export)}")
 
 
