@@ -133,6 +133,11 @@ class Tokenizer:
         return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
 
     @cached_property
+    def byte_lengths(self) -> list[int]:
+        """How many bytes each token stands for, by id: counting over a corpus needs it fast."""
+        return [len(self.token_bytes(token_id)) for token_id in range(len(self))]
+
+    @cached_property
     def _is_byte_level(self) -> bool:
         decoder = json.loads(self.json).get("decoder") or {}
         return "ByteLevel" in (part.get("type") for part in [decoder, *decoder.get("decoders", [])])

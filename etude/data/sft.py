@@ -125,30 +125,30 @@ def prepare_sft(
         writers = {part: StoreWriter(folder / part, len(tokenizer), masked=True) for part in ("train", "val")}
         rejects, cuts, verified = Rejects(max_bad), {"after a reply": 0, "inside a reply": 0}, 0
         too_long: list[str] = []  # where the first question alone fills a row: nothing to learn is left
+
+        def add(place: str, text: str, chat: EncodedChat, is_validation: bool) -> None:
+            chat, how = cut(chat, block_size + 1)
+            if not any(chat.mask):
+                too_long.append(place)
+                return
+            if how:
+                cuts[how] += 1
+            to_val = is_validation or (fraction > 0 and tokens.goes_to_validation(text, fraction, seed))
+            learnt_bytes = sum(tokenizer.byte_lengths[i] for i, learnt in zip(chat.ids, chat.mask, strict=True) if learnt)
+            writers["val" if to_val else "train"].add(chat.ids, learnt_bytes, chat.mask)
+
         for sources, is_validation in ((files, False), (val_files, True)):
             size = sum(file.stat().st_size for file in sources)
-            with progress_bar("tokenising" if not is_validation else "tokenising validation data", size, "B") as bar:
+            with progress_bar("tokenising validation data" if is_validation else "tokenising", size, "B") as bar:
                 for places, batch in _conversation_batches(sources, rejects):
-                    for place, messages, chat in zip(places, batch, format.encode_batch(batch), strict=True):
+                    for place, messages in zip(places, batch, strict=True):
                         if verified < VERIFIED_CONVERSATIONS:
-                            try:
-                                format.verify(messages)
-                            except DataError as error:
-                                raise DataError(f"{place}: {error}") from None
+                            _verify(format, messages, place)
                             verified += 1
+                    for place, messages, chat in zip(places, batch, format.encode_batch(batch), strict=True):
                         text = "\n".join(message["content"] for message in messages)
                         bar.update(len(text.encode("utf-8")))
-                        chat, how = cut(chat, block_size + 1)
-                        if not any(chat.mask):
-                            too_long.append(place)
-                            continue
-                        if how:
-                            cuts[how] += 1
-                        to_val = is_validation or (fraction > 0 and tokens.goes_to_validation(text, fraction, seed))
-                        learnt = sum(
-                            len(tokenizer.token_bytes(i)) for i, is_learnt in zip(chat.ids, chat.mask, strict=True) if is_learnt
-                        )
-                        writers["val" if to_val else "train"].add(chat.ids, learnt, chat.mask)
+                        add(place, text, chat, is_validation)
         writers["train"].close(rejected=rejects.reasons, cuts=cuts, too_long=too_long)
         writers["val"].close()
 
@@ -177,6 +177,13 @@ def read_conversation(record: dict) -> list[dict[str, str]]:
         if problem := unencodable(message["content"]):
             raise DataError(f"turn {number} {problem}")
     return messages
+
+
+def _verify(format: ChatFormat, messages: list[dict[str, str]], place: str) -> None:
+    try:
+        format.verify(messages)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 def _conversation_batches(files: Sequence[Path], rejects: Rejects):
