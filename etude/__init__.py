@@ -11,11 +11,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from etude.chat import ChatFormat
+    from etude.export import export_llama
     from etude.generation.history import fit_history
     from etude.generation.plain import generate
     from etude.generation.settings import SamplingSettings
     from etude.generation.text import TextModel, load
-    from etude.llama import export_llama, load_any
+    from etude.llama import load_any
     from etude.model.config import EtudeConfig
     from etude.model.transformer import Etude
     from etude.tokenizer import Tokenizer, train_tokenizer
@@ -29,7 +30,7 @@ _MODULE_OF = {
     "Etude": "etude.model.transformer",
     "save_model": "etude.weights",
     "load_any": "etude.llama",
-    "export_llama": "etude.llama",
+    "export_llama": "etude.export",
     "SamplingSettings": "etude.generation.settings",
     "generate": "etude.generation.plain",
     "fit_history": "etude.generation.history",

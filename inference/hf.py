@@ -53,7 +53,7 @@ def ensure_exported(folder: Path) -> None:
     if not exists and not has_source:
         remedy = "python train/train_sft.py" if str(folder) == DEFAULT_MODEL else "python tool/convert_hf.py --input MODEL"
         raise MismatchError(f"{name}: there is no exported model here; run: {remedy}")
-    from etude.llama import export_is_current, export_llama, export_record
+    from etude.export import export_is_current, export_llama, export_record
     from etude.weights import MODEL_TYPE, read_config_json
 
     if exists and read_config_json(folder).get("model_type") == MODEL_TYPE:

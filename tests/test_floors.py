@@ -13,7 +13,8 @@ FLOORS = [
     ["paths", "errors", "cli", "terminal", "runlog", "files"],
     ["corpus", "model"],
     ["device", "tokenizer", "chat", "weights", "losses"],
-    ["data", "generation", "llama"],
+    ["llama"],
+    ["data", "generation", "export"],
     ["evaluation"],
     ["training"],
 ]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from etude.errors import UsageError, VerificationError
+from etude.export import SAMPLING
 from etude.generation.plain import Step, check_prompt, generate, next_token_probabilities, sample
 from etude.generation.settings import SamplingSettings
-from etude.llama import SAMPLING, config_to_hf
+from etude.llama import config_to_hf
 from etude.model.attention import KVCache
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from etude.errors import MismatchError
-from etude.llama import export_llama
+from etude.export import export_llama
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.weights import save_model

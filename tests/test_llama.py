@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from etude import llama
+from etude import export, llama
 from etude.chat import ChatFormat
 from etude.errors import DataError, EtudeError, MismatchError, UsageError, VerificationError
-from etude.llama import config_from_hf, config_to_hf, export_is_current, export_llama, load_any
+from etude.export import export_is_current, export_llama
+from etude.llama import config_from_hf, config_to_hf, load_any
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.tokenizer import Tokenizer
@@ -122,8 +123,8 @@ def test_transformers_computes_the_same_and_the_way_back_is_exact(tokenizer, tmp
 
 def test_greedy_tokens_are_compared_up_to_the_end_token(source, tmp_path):
     report = export_llama(source, tmp_path / "export")
-    prompts = len(llama.TEXTS) + len(llama.CHATS) + 1
-    assert prompts <= report.greedy_tokens <= prompts * llama.NEW_TOKENS
+    prompts = len(export.TEXTS) + len(export.CHATS) + 1
+    assert prompts <= report.greedy_tokens <= prompts * export.NEW_TOKENS
     assert report.positions > 100
 
 
@@ -232,7 +233,7 @@ WRONG_CONFIGS = {
 
 @pytest.mark.parametrize("wrong", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
 def test_a_wrong_config_is_refused_and_leaves_nothing(source, tmp_path, monkeypatch, wrong):
-    monkeypatch.setattr(llama, "config_to_hf", lambda *arguments: {**config_to_hf(*arguments), **wrong})
+    monkeypatch.setattr(export, "config_to_hf", lambda *arguments: {**config_to_hf(*arguments), **wrong})
     with pytest.raises(VerificationError, match="not exported") as refusal:
         export_llama(source, tmp_path / "export")
     assert refusal.value.exit_code == 70
@@ -245,7 +246,7 @@ def test_weights_under_wrong_names_are_refused(source, tmp_path, monkeypatch):
     def swap(name: str) -> str:
         return ".".join(swapped.get(part, part) for part in f"model.{name}".split("."))
 
-    monkeypatch.setattr(llama, "to_disk_name", swap)
+    monkeypatch.setattr(export, "to_disk_name", swap)
     with pytest.raises(VerificationError, match="logits differ"):
         export_llama(source, tmp_path / "export")
 
@@ -274,7 +275,7 @@ def test_another_tokenizer_or_template_is_refused(source, tmp_path, monkeypatch)
 
 
 def test_a_greedy_token_that_differs_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(llama, "_greedy_transformers", lambda model, ids, count: [1, 2, 3])
+    monkeypatch.setattr(export, "_greedy_transformers", lambda model, ids, count: [1, 2, 3])
     with pytest.raises(VerificationError, match="continues a prompt"):
         export_llama(source, tmp_path / "export")
 
@@ -282,7 +283,7 @@ def test_a_greedy_token_that_differs_is_refused(source, tmp_path, monkeypatch):
 def test_a_refused_export_leaves_the_older_one_as_it_was(source, tmp_path, monkeypatch):
     export_llama(source, tmp_path / "export")
     before = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
-    monkeypatch.setattr(llama, "config_to_hf", lambda *arguments: {**config_to_hf(*arguments), "rms_norm_eps": 0.1})
+    monkeypatch.setattr(export, "config_to_hf", lambda *arguments: {**config_to_hf(*arguments), "rms_norm_eps": 0.1})
     with pytest.raises(VerificationError):
         export_llama(source, tmp_path / "export")
     assert {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()} == before

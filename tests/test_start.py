@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from etude.errors import MismatchError, UsageError
-from etude.llama import export_llama
+from etude.export import export_llama
 from etude.tokenizer import train_tokenizer
 from etude.training.config import PretrainConfig, SFTConfig
 from etude.training.start import pretraining_model, pretraining_tokenizer, starting_model, weights_fingerprint

@@ -26,7 +26,7 @@ def main() -> None:
     if not (source / "config.json").is_file():
         remedy = "run: python train/train_sft.py" if config.input == DEFAULT_INPUT else "name an Etude model with --input"
         raise MismatchError(f"{paths.typed(source)}: there is no model here; {remedy}")
-    from etude.llama import export_llama
+    from etude.export import export_llama
 
     report = export_llama(source, output, dtype=config.dtype, license=config.license)
     print(f"model         {report.architecture}, {report.parameters:,} parameters, {report.dtype}")
