@@ -30,14 +30,6 @@ def test_answers_are_those_of_asking_one_by_one(model, tmp_path, batch_size):
         assert (answer.question, answer.given, answer.ended) == (text, alone.text, alone.finish_reason == "stop")
 
 
-def test_an_answer_that_is_right_is_counted_in_its_skill(model, tmp_path):
-    right = model.chat("the fox?", temperature=0, max_new_tokens=17)
-    path = write_jsonl(tmp_path / "q.jsonl", [question("the fox?", right, "known"), question("a", "no such thing", "other")])
-    found = ask(model, read_questions([str(path)]))
-    assert found.answers[0].expected == right
-    assert found.by_skill["other"] == 0
-
-
 def test_shares():
     answers = [Answer("a", "?", "x", "x ", True), Answer("a", "?", "x", "y", True), Answer("b", "?", "x", "x", False)]
     found = ExactMatch(answers)

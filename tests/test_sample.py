@@ -58,7 +58,7 @@ def test_what_is_asked_about_occurs_in_no_training_text(sample):
     """By the text itself, not by the generator's word for it."""
     _, files = sample
     texts = [document["text"] for document in files["pretrain/pretrain_hq.jsonl"]]
-    texts += ["\n".join(content for _, content in turns(record)) for record in files["sft/sft_mini_512.jsonl"]]
+    texts += ["\n".join(f'"{content}"' for _, content in turns(record)) for record in files["sft/sft_mini_512.jsonl"]]
     everything = "\n\n".join(texts)
     for question in files["eval/questions.jsonl"]:
         assert is_held_out(tuple(question["key"]))
