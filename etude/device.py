@@ -21,6 +21,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UsageError(f"device ({name}) must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device ({name}): this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device wants an index
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device (mps): this machine has no Metal device; use --device cpu")
     return device

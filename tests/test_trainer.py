@@ -757,3 +757,32 @@ def test_nothing_here_needs_the_trainer_to_hold_more_than_one_batch_ahead(make):
     run.run()
     assert asked == [2, 3, 4]
     assert isinstance(run.batches.at(0)["ids"], Tensor) and trainer.AUTO_MICRO_BATCH_TOKENS > 0
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------------------------------
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "compile", "close"),
+    [
+        pytest.param("auto", "fp32", "off", 1e-4, marks=GPU),
+        pytest.param("cuda", "bf16", "on", 2e-2, marks=GPU),
+        pytest.param("cuda:0", "fp16", "off", 2e-2, marks=GPU),
+    ],
+)
+def test_a_gpu_trains_as_a_cpu_does_and_resumes_exactly(make, tmp_path, monkeypatch, device, precision, compile, close):
+    settings = {"dropout": 0.0, "hidden_size": 32}  # rotary pairs of 8: what CUDA's attention asks for
+    make("cpu", **settings).run()
+    settings |= {"device": device, "precision": precision, "compile": compile, "deterministic": True}
+    make("whole", **settings).run()
+    first = make("halves", **settings)
+    monkeypatch.setattr(first, "_save", lambda save=first._save: (first.step == 3 and os.kill(os.getpid(), signal.SIGTERM), save()))
+    with pytest.raises(Interrupted, match="after step 3"):
+        first.run()
+    make("halves", **settings).run()
+    assert_same(tmp_path / "halves", {name: outcome(tmp_path / "whole")[name] for name in ("tensors", "model.safetensors")})
+    on_cpu, on_gpu = ([r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in ("cpu", "whole"))
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=close)
+    assert on_gpu[-1] < on_gpu[0]
