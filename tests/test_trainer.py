@@ -778,7 +778,9 @@ def test_a_gpu_trains_as_a_cpu_does_and_resumes_exactly(make, tmp_path, monkeypa
     settings |= {"device": device, "precision": precision, "compile": compile, "deterministic": True}
     make("whole", **settings).run()
     first = make("halves", **settings)
-    monkeypatch.setattr(first, "_save", lambda save=first._save: (first.step == 3 and os.kill(os.getpid(), signal.SIGTERM), save()))
+    monkeypatch.setattr(
+        first, "_save", lambda save=first._save: (first.step == 3 and os.kill(os.getpid(), signal.SIGTERM), save())
+    )
     with pytest.raises(Interrupted, match="after step 3"):
         first.run()
     make("halves", **settings).run()

@@ -163,4 +163,4 @@ def compression(tokenizer: Tokenizer, texts: list[str]) -> dict[str, tuple[int, 
             values = sums.setdefault(script, [0, 0, 0])
             for index, value in enumerate((len(text.encode("utf-8")), len(text), len(ids))):
                 values[index] += value
-    return {script: (size, characters, count) for script, (size, characters, count) in sums.items() if count}
+    return {script: tuple(sums[script]) for script in ("Chinese", "other", "all") if script in sums and sums[script][2]}
