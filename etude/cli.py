@@ -71,6 +71,26 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     return (values.command, config) if commands else config
 
 
+def parse_commands(config_classes: dict[str, tuple[type, str]], description: str, argv: Sequence[str] | None = None):
+    """Read ``argv`` where each sub-command has a config class of its own: ``{name: (config class, explanation)}``.
+
+    Returns ``(command, config)``; ``--help`` before a command lists them, after one its options.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    listed = "\n".join(f"  {name:<12}{explanation}" for name, (_, explanation) in config_classes.items())
+    usage = f"usage: {sys.argv[0].rpartition('/')[2]} COMMAND [options]   (COMMAND --help explains its options)\n\n{description}\n\n{listed}"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage, file=sys.stdout if arguments else sys.stderr)
+        sys.exit(0 if arguments else UsageError.exit_code)
+    command = arguments[0]
+    if command not in config_classes:
+        near = difflib.get_close_matches(command, config_classes, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(config_classes)}"
+        raise UsageError(f"there is no command {command!r}; {hint}")
+    config_class, explanation = config_classes[command]
+    return command, parse(config_class, explanation, arguments[1:])
+
+
 def _refuse_unknown_flags(arguments: Sequence[str], names: Sequence[str]) -> None:
     for argument in arguments:
         flag = re.match(r"--([A-Za-z][\w-]*)", argument)

@@ -158,7 +158,7 @@ def read_prompts(model, command: str, config: InferenceConfig) -> Iterator[tuple
 
 
 def prompt_ids(model, command: str, config: InferenceConfig, record: dict) -> list[int]:
-    from etude.chat import to_messages
+    from etude.corpus.conversations import to_messages
 
     if command == "complete" or "prompt" in record:
         if not isinstance(record.get("prompt"), str):

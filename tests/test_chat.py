@@ -7,7 +7,8 @@ import re
 import pytest
 from conftest import TEXTS
 
-from etude.chat import ROLE_OF, ChatFormat, EncodedChat, check_order, to_messages
+from etude.chat import ChatFormat, EncodedChat
+from etude.corpus.conversations import ROLE_OF, check_order, to_messages
 from etude.errors import DataError, MismatchError
 from etude.tokenizer import SPECIAL_TOKENS, TURN_END, TURN_START, Tokenizer, train_tokenizer
 

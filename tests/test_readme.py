@@ -213,7 +213,7 @@ def test_the_exit_codes(page):
 
 @pytest.mark.parametrize("page", READMES)
 def test_the_examples_of_data_are_read(page):
-    from etude.chat import check_order, to_messages
+    from etude.corpus.conversations import check_order, to_messages
 
     examples = [block.code.splitlines() for block in blocks(page) if block.language == "json"]
     texts, talks = ([json.loads(line) for line in lines] for lines in examples)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from etude.chat import check_order, to_messages
+from etude.corpus.conversations import check_order, to_messages
 from etude.corpus.jsonl import Rejects, find_files, read_records
 from etude.corpus.sample.scene import is_held_out
 from etude.corpus.sample.skills import SKILLS

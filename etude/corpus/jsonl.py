@@ -5,31 +5,40 @@ the input. Nothing is dropped silently: a bad record is an error, or, within ``m
 """
 
 import glob
-import importlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
-from etude.errors import DataError, UsageError
+from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, open_binary
+from etude.errors import DataError
 from etude.files import whole_file
 
+try:
+    import orjson
+except ImportError:  # an extra; the standard library reads the same records, more slowly
+    orjson = None
+
 TEXT_SUFFIXES = {".jsonl", ".txt"}
-COMPRESSED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst"}
 MAX_LINE_BYTES = 64 * 2**20  # one line is held in memory; a longer one is no record but a mistake
 
 
 @dataclass
 class Rejects:
-    """Counts the bad records of a job, and ends it at the first one above ``max_bad``."""
+    """Counts the bad records of a job, and ends it at the first one above ``max_bad``.
+
+    ``keep``, if given, is called with (place, reason, the line's bytes) of each, so that nothing is lost.
+    """
 
     max_bad: int = 0
     reasons: list[str] = field(default_factory=list)  # "file:line: reason", one a rejected record
+    keep: Callable[[str, str, bytes], None] | None = None
 
-    def add(self, place: str, reason: str) -> None:
+    def add(self, place: str, reason: str, line: bytes = b"") -> None:
         self.reasons.append(f"{place}: {reason}")
+        if self.keep is not None:
+            self.keep(place, reason, line)
         if len(self.reasons) > self.max_bad:
             allowed = f" (more than the {self.max_bad} that --max_bad allows)" if self.max_bad else ""
             raise DataError(f"{place}: {reason}{allowed}; mend the record, or let some go with --max_bad N")
@@ -44,7 +53,9 @@ class Rejects:
 
 
 def kind_of(path: Path) -> str:
-    """.jsonl or .txt, below any compression suffix; other names are taken as they end."""
+    """.jsonl or .txt, below any compression suffix; other names are taken as they end. A pipe carries .jsonl."""
+    if path == PIPE:
+        return ".jsonl"
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -52,11 +63,13 @@ def kind_of(path: Path) -> str:
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The data files that ``inputs`` name: files, folders (searched through) and glob patterns, in a stable order."""
+    """The data files that ``inputs`` name: files, folders (searched through), glob patterns and ``-``, in a stable order."""
     found: list[Path] = []
     for name in map(str, inputs):
         path = Path(name).expanduser()
-        if path.is_dir():
+        if path == PIPE:
+            found.append(path)
+        elif path.is_dir():
             below = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in TEXT_SUFFIXES)
             if not below:
                 raise DataError(f"{path}: no .jsonl or .txt file in this folder; name the files, or another folder")
@@ -73,37 +86,18 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def open_binary(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        import gzip
+class Row(NamedTuple):
+    """A record, and the line it stands on."""
 
-        return gzip.open(path, "rb")
-    if suffix == ".bz2":
-        import bz2
-
-        return bz2.open(path, "rb")
-    if suffix == ".xz":
-        import lzma
-
-        return lzma.open(path, "rb")
-    if suffix == ".zst":
-        try:
-            zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
-        except ImportError:
-            raise UsageError(f"{path}: reading .zst needs a package: pip install backports.zstd") from None
-        return zstd.open(path, "rb")
-    return open(path, "rb")
+    place: str  # "file:line"
+    line: bytes  # as it stands there, without its line end
+    record: dict[str, Any]
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its line end) of each line of a UTF-8 file, a leading BOM aside.
-
-    Raises :class:`DataError` with file:line for a byte that is no UTF-8, a damaged archive or an endless line.
-    """
+def _raw_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, int, bytes]]:
+    """(number from 1, offset, bytes) of each line. Raises :class:`DataError` for a damaged archive or an endless line."""
     number, offset = 0, 0
-    with open_binary(path) as file:
+    with open_binary(path, bar) as file:
         while True:
             try:
                 line = file.readline(MAX_LINE_BYTES + 1)
@@ -118,15 +112,75 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             number += 1
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split it first")
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at offset {offset + error.start}); "
-                    "convert the file to UTF-8 first"
-                ) from None
+            yield number, offset, line
             offset += len(line)
-            yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
+
+
+def _decode(line: bytes, offset: int) -> str:
+    """A line's text without BOM and line end. Raises :class:`DataError` with the reason, without file and line."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8 (byte 0x{line[error.start]:02x} at offset {offset + error.start}); "
+            "convert the file to UTF-8 first (tool/split_text.py does)"
+        ) from None
+    return (text.removeprefix("\ufeff") if offset == 0 else text).rstrip("\r\n")
+
+
+def read_lines(path: Path, bar: Any = None) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its line end) of each line of a UTF-8 file, a leading BOM aside.
+
+    Raises :class:`DataError` with file:line for a byte that is no UTF-8, a damaged archive or an endless line.
+    """
+    for number, offset, line in _raw_lines(path, bar):
+        try:
+            yield number, _decode(line, offset)
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+
+
+def read_rows(path: Path, rejects: Rejects, bar: Any = None) -> Iterator[Row]:
+    """The rows of a JSONL file; blank lines are none. What only selects rows can copy their lines byte for byte."""
+    for number, offset, line in _raw_lines(path, bar):
+        line = line.rstrip(b"\r\n")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        record = _parse_fast(line)
+        if record is None:
+            try:
+                text = _decode(line, offset)
+                if not text.strip():
+                    continue
+                record = parse_object(text)
+            except DataError as error:
+                rejects.add(f"{path}:{number}", str(error), line)
+                continue
+        yield Row(f"{path}:{number}", line, record)
+
+
+def _parse_fast(line: bytes) -> dict[str, Any] | None:
+    """The object on a line, read by orjson, or None where :func:`parse_object` has to decide.
+
+    orjson takes the last of two equal keys without a word. It cannot have happened if the line holds as many colons after
+    quotes as there are keys in the object.
+    """
+    if orjson is None:
+        return None
+    try:
+        record = orjson.loads(line)
+    except ValueError:
+        return None
+    if type(record) is not dict or b'" :' in line or b'"\t:' in line or line.count(b'":') != _count_keys(record):
+        return None
+    return record
+
+
+def _count_keys(value: Any) -> int:
+    """Keys of all objects in a JSON value."""
+    if type(value) is dict:
+        return len(value) + sum(_count_keys(inner) for inner in value.values() if type(inner) in (dict, list))
+    return sum(_count_keys(inner) for inner in value if type(inner) in (dict, list))
 
 
 def parse_object(line: str) -> dict[str, Any]:
@@ -155,13 +209,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_records(path: Path, rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", record) of each line of a JSONL file; blank lines are no records."""
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", parse_object(line)
-        except DataError as error:
-            rejects.add(f"{path}:{number}", str(error))
+    for row in read_rows(path, rejects):
+        yield row.place, row.record
 
 
 def read_texts(

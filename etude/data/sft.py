@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from etude.chat import ChatFormat, EncodedChat, check_order, to_messages
+from etude.chat import ChatFormat, EncodedChat
+from etude.corpus.conversations import check_order, to_messages
 from etude.corpus.jsonl import Rejects, find_files, read_records, unencodable
 from etude.data import tokens
 from etude.data.tokens import StoreWriter, TokenStore

@@ -1,6 +1,7 @@
 """A conversation that outgrows the context: which turns a model still sees."""
 
-from etude.chat import ChatFormat, Messages
+from etude.chat import ChatFormat
+from etude.corpus.conversations import Messages
 from etude.errors import UsageError
 
 

@@ -19,7 +19,8 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
-from etude.chat import ChatFormat, Messages, to_messages
+from etude.chat import ChatFormat
+from etude.corpus.conversations import Messages, to_messages
 from etude.corpus.jsonl import unencodable
 from etude.device import PRECISIONS, pick_device, pick_precision
 from etude.errors import DataError, MismatchError, UsageError

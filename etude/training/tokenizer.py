@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from etude import paths
-from etude.chat import ChatFormat, to_messages
-from etude.corpus.jsonl import COMPRESSED_SUFFIXES, Rejects, find_files, read_texts
+from etude.chat import ChatFormat
+from etude.corpus.conversations import to_messages
+from etude.corpus.jsonl import Rejects, find_files, read_texts
+from etude.corpus.streams import COMPRESSED_SUFFIXES
 from etude.errors import VerificationError
 from etude.runlog import progress_bar
 from etude.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer

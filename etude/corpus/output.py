@@ -1,0 +1,194 @@
+"""Where a corpus tool's records go: one file, a folder of shards, or a pipe; whole or not at all, with what was rejected beside.
+
+What a tool writes, the next one and the training stages read.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from etude import paths
+from etude.corpus.jsonl import Rejects, Row, find_files, kind_of, read_rows
+from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, create_binary
+from etude.errors import UsageError
+from etude.files import whole_file, whole_folder
+from etude.runlog import progress_bar
+
+
+def dump(record: dict[str, Any]) -> bytes:
+    """A record as a line of JSON, characters as they are."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8")
+
+
+class Output:
+    """The records that a tool keeps, and those that it does not. Made by :func:`output_to`."""
+
+    def __init__(self, open_shard: Callable[[int], IO[bytes]], shard_bytes: int, open_rejected: Callable[[], IO[bytes]] | None):
+        self.kept = self.kept_bytes = 0  # rows, and bytes of their lines
+        self.reasons: Counter[str] = Counter()  # rejected rows by reason
+        self._open_shard, self._shard_bytes, self._shards = open_shard, shard_bytes, 0
+        self._file: IO[bytes] | None = None
+        self._room = 0
+        self._open_rejected, self._rejected = open_rejected, None
+
+    def write_line(self, line: bytes) -> None:
+        """Keep a row as it stood: without its line end."""
+        if self._file is None or (self._shard_bytes and len(line) + 1 > self._room < self._shard_bytes):
+            self._next_shard()
+        self._file.write(line)
+        self._file.write(b"\n")
+        self._room -= len(line) + 1
+        self.kept += 1
+        self.kept_bytes += len(line) + 1
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Keep a record."""
+        self.write_line(dump(record))
+
+    def reject(self, place: str, reason: str, line: bytes, kind: str = "") -> None:
+        """Set a row aside, with its reason; counted under ``kind``, by default the reason itself."""
+        self.reasons[kind or reason] += 1
+        if self._open_rejected is not None:
+            if self._rejected is None:
+                self._rejected = self._open_rejected()
+            # A line that is no UTF-8 has its odd bytes shown as \xNN; the place tells where they are.
+            text = line.decode("utf-8", errors="backslashreplace")
+            self._rejected.write(dump({"place": place, "reason": reason, "line": text}) + b"\n")
+
+    def rejects(self, max_bad: int) -> Rejects:
+        """For reading: bad records, within ``max_bad``, are set aside here like others."""
+        return Rejects(max_bad, keep=lambda place, reason, line: self.reject(place, reason, line, kind="bad record"))
+
+    def _next_shard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._open_shard(self._shards)
+        self._shards += 1
+        self._room = self._shard_bytes
+
+    def close(self) -> None:
+        if self._file is None:
+            self._next_shard()  # no row at all is an empty file, not a missing one
+        self._file.close() if self._file is not sys.stdout.buffer else self._file.flush()
+        if self._rejected is not None:
+            self._rejected.close()
+
+
+@contextmanager
+def output_to(
+    path: str, inputs: Sequence[Path] = (), force: bool = False, shard_bytes: int = 0, rejected: str = ""
+) -> Iterator[Output]:
+    """An :class:`Output` into the file ``path``, compressed by its suffix, or into standard output (``-``).
+
+    With ``shard_bytes`` ``path`` is a folder, of files ``00000.jsonl``, … of about so many bytes before compression.
+    Rejected rows go to ``rejected``, by default NAME.rejected.jsonl beside the output (none beside a pipe). All of it appears
+    when the block ends well. Raises :class:`UsageError` if ``path`` exists, unless ``force``, or is one of the inputs.
+    """
+    check_output(path, inputs, force)
+    target = Path(path)
+    rejected_path = Path(rejected or f"{path}.rejected.jsonl") if rejected or target != PIPE else None
+    with ExitStack() as stack:
+        if target == PIPE:
+            if shard_bytes:
+                raise UsageError("a pipe has no shards; name a folder with --output")
+            open_shard = lambda number: sys.stdout.buffer  # noqa: E731
+        elif shard_bytes:
+            folder = stack.enter_context(whole_folder(target))
+            open_shard = lambda number: create_binary(folder / f"{number:05d}.jsonl", Path("x.jsonl"))  # noqa: E731
+        else:
+            temporary = stack.enter_context(whole_file(target))
+            open_shard = lambda number: create_binary(temporary, target)  # noqa: E731
+        open_rejected = None
+        if rejected_path is not None:
+
+            def open_rejected() -> IO[bytes]:
+                return create_binary(stack.enter_context(whole_file(rejected_path)), rejected_path)
+
+        output = Output(open_shard, shard_bytes, open_rejected)
+        try:
+            yield output
+        except BaseException:
+            _close_quietly(output)
+            raise
+        output.close()
+    if rejected_path is not None and output._rejected is None:
+        rejected_path.unlink(missing_ok=True)  # an earlier run's: it would not belong to this output
+
+
+def _close_quietly(output: Output) -> None:
+    for file in (output._file, output._rejected):
+        if file is not None and file is not sys.stdout.buffer:
+            with contextlib.suppress(OSError):  # the disk is full: the error on its way says so
+                file.close()
+
+
+def check_output(path: str, inputs: Sequence[Path] = (), force: bool = False) -> None:
+    """Raise :class:`UsageError` where writing to ``path`` would lose something or cannot work."""
+    if not path:
+        raise UsageError("name an --output (- is standard output)")
+    if "\0" in path:
+        raise UsageError(f"output ({path!r}) holds a zero byte, which no path can")
+    target = Path(path)
+    if target == PIPE:
+        return
+    for file in inputs:
+        if file != PIPE and target.exists() and os.path.samefile(file, target):
+            raise UsageError(f"{path}: is an input as well; choose another --output")
+        if target.is_dir() and target.resolve() in file.resolve().parents:
+            raise UsageError(f"{path}: holds the input {file}; choose another --output")
+    if (target.exists() or target.is_symlink()) and not force:
+        raise UsageError(f"{path}: exists already; choose another --output, or overwrite it with --force")
+
+
+def require_kind(path: str, kinds: Sequence[str]) -> None:
+    """Raise :class:`UsageError` unless a file to be written has one of these endings (below .gz, .zst, …)."""
+    if Path(path) != PIPE and kind_of(Path(path)) not in kinds:
+        packed = " ".join(sorted(COMPRESSED_SUFFIXES))
+        raise UsageError(f"output ({path}) must end in {' or '.join(kinds)} (then maybe {packed}), or be -")
+
+
+@contextmanager
+def reading(what: str, files: Sequence[Path]) -> Iterator[Any]:
+    """A progress bar over the bytes of ``files`` as they lie on the disk; pass it to what reads them."""
+    total = 0 if PIPE in files else sum(file.stat().st_size for file in files)
+    with progress_bar(what, total, "B") as bar:
+        yield bar
+
+
+def rows_of(files: Sequence[Path], rejects: Rejects, bar: Any = None) -> Iterator[Row]:
+    """The rows of JSONL files, one after the other."""
+    for path in files:
+        if kind_of(path) != ".jsonl":
+            raise UsageError(f"{path}: expected .jsonl; make some of it with process_jsonl.py convert")
+        yield from read_rows(path, rejects, bar)
+
+
+def inputs_of(names: Sequence[str]) -> list[Path]:
+    """The files that ``--input`` names; naming none is a mistake."""
+    if not names:
+        raise UsageError("name an --input: files, folders, globs, or - for standard input")
+    return find_files(names)
+
+
+def tell(line: str) -> None:
+    """Say something to the person: on standard error, since standard output may carry records."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def summary(output: Output, path: str) -> None:
+    """Tell what was kept and what was not, and why."""
+    rejected = sum(output.reasons.values())
+    tell(
+        f"kept      {output.kept:,} rows, {output.kept_bytes:,} bytes → {'standard output' if path == '-' else paths.typed(path)}"
+    )
+    if rejected:
+        where = f" → {paths.typed(path)}.rejected.jsonl" if path != "-" else ""
+        tell(f"left out  {rejected:,} rows{where}")
+        for reason, count in output.reasons.most_common():
+            tell(f"          {count:>12,}  {reason}")

@@ -1,0 +1,61 @@
+"""Work on all cores, in order, in bounded memory."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from etude.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """``map(function, items)`` in ``workers`` processes; 1 works in this one, 0 takes all cores.
+
+    ``function`` and the items travel by pickle, so an item should be a batch worth the journey (about a MB). At most two
+    batches a worker are under way, so memory does not grow with the input. Errors that ``function`` raises arrive here.
+    """
+    workers = workers or cores()
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # A fresh interpreter for each worker: a fork would copy threads' locks, and Windows and macOS have none.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker)
+    under_way: deque = deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) >= 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process ended without a word (out of memory?); try --workers 1 to see where") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, which ends the workers; and end when the parent is killed, rather than wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
