@@ -17,6 +17,7 @@ FLOORS = [
     ["data", "generation", "export"],
     ["evaluation"],
     ["training"],
+    ["benchmark"],
 ]
 SCRIPT_FOLDERS = ["train", "tool", "inference"]
 # Loaded where they are used, so that --help answers at once and a broken one hurts only those who need it.

@@ -1,0 +1,204 @@
+"""Compare Etude's training step with Hugging Face's Llama: same shape, precision, optimizer and batch, in one run."""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from etude.benchmark.report import tell
+from etude.cli import option
+from etude.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainBenchmark:
+    preset: Literal["nano", "small", "base", "medium"] = option("small", "named shape")
+    vocab_size: int = option(16_384, "tokens in the vocabulary")
+    block_size: int = option(512, "tokens of a sequence")
+    batch_size: int = option(64, "sequences of a step")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "Etude's optimizer; the peer's is AdamW")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "of matrix products; auto: what the hardware multiplies"
+    )
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile, for both; auto: on for CUDA only")
+    rounds: int = option(5, "rounds in which the two take turns; the medians count")
+    steps: int = option(10, "steps of a round")
+    quick: bool = option(False, "a small shape and few steps: a minute on two CPU cores")
+    output: str = option("", "also write the figures to this .json file")
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "batch_size", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} ({getattr(self, name)}) must be at least 1")
+
+
+def train(config: TrainBenchmark) -> None:
+    """Compare, and print the figures."""
+    if config.quick:
+        quick = {"preset": "nano", "vocab_size": 4_096, "block_size": 256, "batch_size": 16, "rounds": 3, "steps": 3}
+        config = dataclasses.replace(config, **quick)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = compare(config, folder)
+    tell(figures, config.output)
+
+
+def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
+    """Time both, in turns, so that a machine whose speed drifts is fair to both."""
+    import torch
+
+    from etude.device import describe
+
+    ours, trainer, batches = etude_step(config, folder)
+    device, flops = trainer.device, trainer.model.config.training_flops_per_token(config.block_size)
+    theirs = huggingface_step(config, trainer, batches)
+    rates: dict[str, list[float]] = {"etude": [], "huggingface": []}
+    firsts = [step() for step in (ours, theirs)]  # compiles, too
+    agreement = require_agreement(*firsts)
+    for step in (ours, theirs):
+        for _ in range(3):
+            step()
+    for _ in range(config.rounds):
+        for name, step in (("etude", ours), ("huggingface", theirs)):
+            rates[name].append(tokens_per_second(step, config, device))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    figures: dict[str, object] = {
+        "machine": describe(device),
+        "first step": agreement,
+        "torch": torch.__version__,
+        "etude tokens/s": round(medians["etude"]),
+        "huggingface tokens/s": round(medians["huggingface"]),
+        "ratio": round(medians["etude"] / medians["huggingface"], 3),
+        "all etude": [round(rate) for rate in rates["etude"]],
+        "all huggingface": [round(rate) for rate in rates["huggingface"]],
+        "etude TFLOP/s": round(medians["etude"] * flops / 1e12, 2),
+    }
+    if device.type == "cuda":
+        ceiling = matmul_ceiling(device)
+        figures["matmul TFLOP/s"] = round(ceiling / 1e12, 1)
+        figures["MFU of that"] = round(medians["etude"] * flops / ceiling, 4)
+        figures["peak GiB"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return figures
+
+
+def etude_step(config: TrainBenchmark, folder: str):
+    """The trainer's own step on random ids: the copy to the device, micro-batches, clipping, optimizer, checks and all."""
+    import numpy as np
+    import torch
+
+    from etude.data.batches import Batches
+    from etude.losses import causal_lm_loss
+    from etude.model.config import PRESETS, EtudeConfig
+    from etude.model.transformer import Etude
+    from etude.training.config import PretrainConfig
+    from etude.training.trainer import Trainer
+
+    class RandomBlocks:
+        block_size = config.block_size
+
+        def __len__(self) -> int:
+            return 1_000_000
+
+        def load(self, numbers):
+            source = np.random.default_rng(numbers[0])
+            ids = source.integers(0, config.vocab_size, (len(numbers), config.block_size + 1))
+            return {"ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+        def describe(self, number: int) -> str:
+            return str(number)
+
+    shape = EtudeConfig(vocab_size=config.vocab_size, max_position_embeddings=config.block_size, **PRESETS[config.preset])
+    settings = PretrainConfig(
+        output=folder, block_size=config.block_size, batch_size=config.batch_size, micro_batch_size=config.batch_size,
+        max_steps=1_000_000, optimizer=config.optimizer, device=config.device, precision=config.precision, compile=config.compile,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer = Trainer(settings, Etude(shape), None, Batches(RandomBlocks(), config.batch_size, 0), causal_lm_loss)
+    trainer.model.train()
+    batches = [trainer.batches.at(step) for step in range(4)]
+    counter = iter(range(10**9))
+
+    def step() -> tuple:
+        measured = trainer._optimizer_step(batches[next(counter) % 4])
+        return measured["loss"], measured["grad_norm"]
+
+    return step, trainer, batches
+
+
+def require_agreement(ours: tuple, theirs: tuple) -> str:
+    """The first step's loss and gradient norm, from equal weights on an equal batch: a fast wrong step is worth nothing."""
+    from etude.errors import VerificationError
+
+    (loss, norm), (their_loss, their_norm) = ([float(value) for value in step] for step in (ours, theirs))
+    found = f"loss {loss:.4f} / {their_loss:.4f}, gradient norm {norm:.4f} / {their_norm:.4f}"
+    if abs(loss / their_loss - 1) > 1e-3 or abs(norm / their_norm - 1) > 2e-2:
+        raise VerificationError(f"Etude and Hugging Face disagree on the first step: {found}")
+    return found
+
+
+def huggingface_step(config: TrainBenchmark, trainer, batches: list):
+    """LlamaForCausalLM with the same weights, shape, precision, compilation, fused AdamW and clipping."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from etude.device import autocast
+    from etude.model.config import PRESETS
+    from etude.weights import to_disk_name
+
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size, max_position_embeddings=config.block_size, tie_word_embeddings=True,
+        rms_norm_eps=trainer.model.config.rms_norm_eps, use_cache=False, **PRESETS[config.preset],
+    )  # fmt: skip
+    device = trainer.device
+    model = LlamaForCausalLM(shape).to(device).train()
+    model.load_state_dict({to_disk_name(name): tensor for name, tensor in trainer.model.state_dict().items()}, strict=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    batches = [(batch["ids"].to(device).contiguous(), batch["labels"].to(device).contiguous()) for batch in batches]
+    counter = iter(range(10**9))
+
+    def step() -> tuple:
+        ids, labels = batches[next(counter) % 4]
+        with autocast(device, trainer.precision):
+            loss = forward(input_ids=ids, labels=labels, shift_labels=labels).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach(), norm
+
+    return step
+
+
+def tokens_per_second(step, config: TrainBenchmark, device) -> float:
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    started = time.perf_counter()
+    for _ in range(config.steps):
+        step()
+    wait()
+    return config.steps * config.batch_size * config.block_size / (time.perf_counter() - started)
+
+
+def matmul_ceiling(device) -> float:
+    """FLOP/s of a large bf16 matrix product on this device: what MFU is measured against."""
+    import torch
+
+    n = 8192
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize(device)
+    return 10 * 2 * n**3 / (time.perf_counter() - started)
