@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from etude.errors import DataError
+
 
 class Samples(Protocol):
     """What batches are made of: :class:`~etude.data.pretrain.PretrainBlocks`, :class:`~etude.data.sft.SFTRows`, …"""
@@ -60,9 +62,21 @@ class Batches:
         places = (divmod(place, count) for place in range(first, first + self.batch_size))
         return [shuffled(index, count, self.seed, epoch) for epoch, index in places]
 
+    def describe(self, step: int) -> str:
+        """Where the samples of a step come from, for people."""
+        return ", ".join(self.samples.describe(number) for number in self.numbers(step))
+
     def at(self, step: int) -> dict[str, Tensor]:
-        """The whole global batch of a step, on the CPU; slice it with :func:`micro_batches`."""
-        return as_tensors(self.samples.load(self.numbers(step)))
+        """The whole global batch of a step, on the CPU; slice it with :func:`micro_batches`.
+
+        Raises :class:`DataError` naming the step's samples where they cannot be read.
+        """
+        try:
+            return as_tensors(self.samples.load(self.numbers(step)))
+        except Exception as error:  # a damaged store, a vanished disk: whatever it is, say which samples it was
+            raise DataError(
+                f"step {step + 1}: its samples cannot be read ({type(error).__name__}: {error}): {self.describe(step)}"
+            ) from error
 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

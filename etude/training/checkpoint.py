@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etude.errors import DataError, EtudeError, MismatchError
+from etude.errors import DataError, EtudeError, MismatchError, StorageError
 from etude.files import whole_folder
 from etude.weights import from_disk_name, read_safetensors, to_disk_name, write_safetensors
 
@@ -122,6 +122,33 @@ def newest_good(run: str | Path) -> Checkpoint | None:
     if reasons:
         raise MismatchError(f"no usable checkpoint in {run}: {'; '.join(reasons)}. Start over with --resume never")
     return None
+
+
+def clean(run: str | Path) -> None:
+    """Delete what a killed process left half-written in a run's folder. Only for whoever holds the run's lock."""
+    for folder in (Path(run), Path(run) / "checkpoints"):
+        for path in folder.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def require_room(run: str | Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int) -> None:
+    """Raise :class:`StorageError` if the disk cannot hold what the run is going to write: now, rather than hours later."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    moments = sum(
+        parameter.numel() * parameter.element_size() * (1 if isinstance(optimizer, torch.optim.Muon) else 2)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    there = sum(file.stat().st_size for path in found_in(run)[:keep] for file in path.iterdir() if file.is_file())
+    # A new checkpoint is written before the oldest goes; besides, the model, the best model, and one of them being replaced.
+    needed = (keep + 1) * (weights + moments) + 3 * weights - there
+    free = shutil.disk_usage(Path(run)).free
+    if free < needed:
+        raise StorageError(
+            f"{run}: the run will write about {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free; "
+            "free some space, choose another --output, or lower --keep_checkpoints"
+        )
 
 
 def prune(run: str | Path, keep: int) -> None:

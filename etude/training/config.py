@@ -53,6 +53,7 @@ class TrainingConfig:
     micro_batch_size: int | None = option(
         None, "sequences per forward pass (default: what 32,768 tokens hold); same result, less memory"
     )
+    auto_micro_batch: bool = option(False, "out of memory: halve micro_batch_size and go on, with the same gradient")
     epochs: float = option(3.0, "passes over the data")
     max_steps: int | None = option(None, "optimizer steps; takes the place of epochs")
 
@@ -112,7 +113,7 @@ class TrainingConfig:
 # On resume these may differ: they do not change what is computed, or only when it stops.
 TOLD_BY_CONTENT = {"data", "val_data", "output", "token_cache", "tokenizer", "init_from"}  # and not by where they lie
 FREE_ON_RESUME = TOLD_BY_CONTENT | {
-    "resume", "allow_mismatch", "micro_batch_size", "epochs", "max_steps", "device", "compile", "deterministic", "threads",
+    "resume", "allow_mismatch", "micro_batch_size", "auto_micro_batch", "epochs", "max_steps", "device", "compile", "deterministic", "threads",
     "log_every", "eval_every", "max_eval_tokens", "save_every", "keep_checkpoints", "sample_every", "tracker", "max_bad",
 }  # fmt: skip
 

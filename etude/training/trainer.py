@@ -17,19 +17,21 @@ from torch import Tensor
 from etude import cli, paths
 from etude.data.batches import Batches, Samples, micro_batches, to_device
 from etude.device import autocast, describe, peak_flops, pick_device, pick_precision, set_deterministic
-from etude.errors import Interrupted, MismatchError, UsageError, VerificationError
+from etude.errors import Interrupted, MismatchError, UsageError
 from etude.evaluation import LossResult, evaluate_loss
 from etude.losses import Loss
 from etude.model.transformer import Etude
 from etude.runlog import RunLog, duration
 from etude.tokenizer import Tokenizer
 from etude.training import checkpoint
-from etude.training.config import FREE_ON_RESUME, TOLD_BY_CONTENT, TrainingConfig
+from etude.training.config import TrainingConfig
+from etude.training.health import Health
+from etude.training.identity import changes_since, free_settings, identity
+from etude.training.lock import RunLock
 from etude.training.optim import lr_at, make_optimizers, set_lr
 from etude.training.signals import StopSignals
 from etude.weights import save_model
 
-MAX_OVERFLOWS = 30  # of fp16 in a row: the scale has been halved as often, so it is not the scale
 AUTO_MICRO_BATCH_TOKENS = 32_768  # enough to keep a large GPU busy; logits of this many tokens still fit a small one
 
 
@@ -70,23 +72,30 @@ class Trainer:
         self.step_loss = torch.compile(loss, dynamic=False) if compiled else loss
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
+        self.health = Health(batches, self.device, scaled=self.scaler is not None)
 
         self.steps = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
+        wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
+        self.micro_batch_size = min(wanted, config.batch_size)
         self.step = 0  # optimizer steps done
         self.best_val_loss = math.inf
         self.validation_pending = False  # it was due at this step, but the run was asked to stop
         self.tokens_seen = 0
         self.seconds = 0.0  # spent in steps, over all sessions of the run
-        self._overflows = 0  # fp16 steps skipped in a row
-        self._unchecked: tuple[int, Tensor, Any] | None = None  # (step, its numbers on their way to the CPU, their arrival)
-        self.identity = self._identity(fingerprints or {})
+        self.identity = identity(config, self.model.config.to_dict(), self.precision, fingerprints or {})
         self.log: RunLog
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the last step and save the model. Raises :class:`Interrupted` after SIGINT or SIGTERM, with all saved."""
+        with RunLock(self.config.output):
+            self._run()
+
+    def _run(self) -> None:
+        checkpoint.clean(self.config.output)
         resumed = self._resume()
+        checkpoint.require_room(self.config.output, self.model, self.optimizers, self.config.keep_checkpoints)
         self.log = RunLog(self.config.output, self.config.tracker, cli.as_dict(self.config))
         self.log.resume_from(self.step, revalidate=self.validation_pending)
         cli.save(self.config, f"{self.config.output}/run.yaml")
@@ -125,7 +134,7 @@ class Trainer:
             if _due(self.step, every["eval"], last):
                 self._validate(stop)
             if every["sample"] and _due(self.step, every["sample"], last) and self.sample and not stop.received:
-                self._check_health()
+                self.health.check()
                 self.log.line(f"sample    {self.sample(self.model)}")
             if _due(self.step, every["save"], last) or stop.received:
                 self._save()
@@ -144,19 +153,9 @@ class Trainer:
         """
         lr = lr_at(self.step, self.steps, self.config)
         set_lr(self.optimizers, lr)
-        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        weight = torch.zeros((), device=self.device)
         # Sums over thousands of tokens would overflow fp16 on the way back; a constant keeps them near 1.
         scale = 1.0 / batch["ids"].numel()
-        for number, micro_batch in enumerate(micro_batches(batch, self._micro_batch_size())):
-            # Dropout is a function of (seed, step, micro-batch), so that a resumed step drops the same channels.
-            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 1_009 + number) % 2**63)
-            with autocast(self.device, self.precision):
-                result = self.step_loss(self.model, to_device(micro_batch, self.device))
-            scaled = result.sum * scale
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-            loss_sum += result.sum.detach()
-            weight += result.weight
+        loss_sum, weight = self._sum_gradients(batch, scale)
         if self.scaler:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -166,7 +165,7 @@ class Trainer:
         if self.config.max_grad_norm:
             factor = factor * (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor)
-        self._watch(torch.stack((loss_sum.float(), norm.float(), weight)))
+        self.health.watch(self.step, loss_sum, norm, weight)
         # The scaler would skip by optimizer; an overflow anywhere spoils the common norm, so all skip together.
         overflow = self.scaler is not None and not torch.isfinite(norm)
         for optimizer in self.optimizers:
@@ -177,51 +176,48 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if self.scaler:
             self.scaler.update()
-            self._require_scale(overflow)
+            self.health.count_overflow(self.step, overflow)
         return {"loss": loss_sum / weight, "grad_norm": norm, "lr": lr, "supervised_tokens": weight}
 
-    def _require_scale(self, overflow: bool) -> None:
-        """Raise :class:`VerificationError` when fp16 overflows step after step, for then nothing is learnt at all."""
-        self._overflows = self._overflows + 1 if overflow else 0
-        if self._overflows > MAX_OVERFLOWS:
-            raise VerificationError(
-                f"step {self.step + 1}: fp16 has overflowed {self._overflows} times in a row; "
-                "lower --learning_rate, or use --precision fp32"
-            )
+    def _sum_gradients(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of the batch's loss, times ``scale``. Returns the loss and its weight, summed.
 
-    def _watch(self, health: Tensor) -> None:
-        """Have a step's (loss sum, gradient norm, weight) checked: at once, before they reach the weights, where that is free;
-        on CUDA while the next step is under way, since waiting for them would idle the GPU, and in any case before the
-        weights are saved or used.
+        Out of memory, with ``auto_micro_batch``, half the micro-batch is tried instead: nothing has been updated yet.
         """
-        self._check_health()
-        if self.device.type == "cuda":
-            arriving = torch.empty(3, pin_memory=True).copy_(health, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._unchecked = (self.step, arriving, event)
-        else:
-            self._require_finite(self.step, *health.tolist())
+        while True:
+            try:
+                return self._try_gradients(batch, scale)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                size = self.micro_batch_size
+                told = f"step {self.step + 1}: out of memory with --micro_batch_size {size} of block_size {self.batches.samples.block_size}"
+                if not self.config.auto_micro_batch or size == 1:
+                    smaller = f"--micro_batch_size {size // 2} (the gradient stays the same) or " if size > 1 else ""
+                    raise UsageError(
+                        f"{told}; set {smaller}a shorter --block_size, or free the device's memory. Checkpoints are intact"
+                    ) from error
+            # Out here the error, and with it the activations that its traceback holds, is gone.
+            self.micro_batch_size = size // 2
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.log.line(f"memory    {told}; going on with {self.micro_batch_size}, the same batch and gradient")
 
-    def _check_health(self) -> None:
-        if self._unchecked is not None:
-            step, arriving, event = self._unchecked
-            self._unchecked = None
-            event.synchronize()
-            self._require_finite(step, *arriving.tolist())
-
-    def _require_finite(self, step: int, loss_sum: float, norm: float, weight: float) -> None:
-        """Raise :class:`VerificationError` on a bad number. A gradient of exactly 0 is one: a broken backward pass, which would
-        otherwise pass for a run that does not learn. (fp16 gradients overflow and vanish now and then; the scaler sees to it.)
-        """
-        if math.isfinite(loss_sum) and weight > 0 and (self.scaler or (math.isfinite(norm) and norm > 0)):
-            return
-        samples = [self.batches.samples.describe(number) for number in self.batches.numbers(step)]
-        what = "no supervised token" if weight == 0 else f"loss {loss_sum / weight:.4g}, gradient norm {norm:.4g}"
-        raise VerificationError(
-            f"step {step + 1}: {what}; no checkpoint holds it, so the run can go on from the last one. "
-            f"Try a lower --learning_rate, or look at the step's samples: {', '.join(samples)}"
-        )
+    def _try_gradients(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        weight = torch.zeros((), device=self.device)
+        for number, micro_batch in enumerate(micro_batches(batch, self.micro_batch_size)):
+            # Dropout is a function of (seed, step, micro-batch), so that a resumed step drops the same channels.
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 1_009 + number) % 2**63)
+            with autocast(self.device, self.precision):
+                result = self.step_loss(self.model, to_device(micro_batch, self.device))
+            scaled = result.sum * scale
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+            loss_sum += result.sum.detach()
+            weight += result.weight
+        return loss_sum, weight
 
     # -- validating, recording, saving ----------------------------------------------------------------------------------
 
@@ -231,7 +227,7 @@ class Trainer:
         self.validation_pending = True
         result = evaluate_loss(
             self.model, self.val, self.device, self.precision, self.loss,
-            batch_size=min(self._micro_batch_size(), max(1, 8_192 // self.val.block_size)),
+            batch_size=min(self.micro_batch_size, max(1, 8_192 // self.val.block_size)),
             max_tokens=self.config.max_eval_tokens, should_stop=lambda: stop.received,
         )  # fmt: skip
         if stop.received:
@@ -276,7 +272,7 @@ class Trainer:
         self.log.progress(f"{text}  {duration(left)} left", last=self.step == self.steps)
 
     def _save(self) -> None:
-        self._check_health()
+        self.health.check()
         state = {
             "step": self.step,
             "steps": self.steps,
@@ -286,7 +282,7 @@ class Trainer:
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "identity": self.identity,
-            "settings": self._free_settings(),
+            "settings": free_settings(self.config),
         }
         checkpoint.save(self.config.output, state, self.model, self.optimizers, self.config.keep_checkpoints)
 
@@ -295,7 +291,7 @@ class Trainer:
         self.tokenizer.save(folder, max_length=self.model.config.max_position_embeddings)
 
     def _finish(self) -> None:
-        self._check_health()
+        self.health.check()
         self._save_model(self.config.output)
         self.log.draw(f"{os.path.basename(self.config.output)}: {self.steps} steps")
         self.log.close()
@@ -305,19 +301,6 @@ class Trainer:
         )
 
     # -- resuming ---------------------------------------------------------------------------------------------------------
-
-    def _identity(self, fingerprints: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint must agree with before this run goes on from it."""
-        settings = {name: value for name, value in cli.as_dict(self.config).items() if name not in FREE_ON_RESUME}
-        shape = {f"model.{name}": value for name, value in self.model.config.to_dict().items()}
-        # The shape as it came out, not as it was asked for: a preset and its numbers spelled out are one model.
-        settings = {name: value for name, value in settings.items() if f"model.{name}" not in shape and name != "preset"}
-        return {**settings, "precision": self.precision, **shape, **fingerprints}
-
-    def _free_settings(self) -> dict[str, Any]:
-        """What may differ on resume, and is then printed; ``max_steps`` and ``epochs`` show as the number of steps."""
-        shown = FREE_ON_RESUME - TOLD_BY_CONTENT - {"resume", "allow_mismatch", "max_steps", "epochs"}
-        return {name: value for name, value in cli.as_dict(self.config).items() if name in shown}
 
     def _resume(self) -> str:
         """Go on from a checkpoint, if there is one. Returns a line about it for the header."""
@@ -331,7 +314,7 @@ class Trainer:
                 return ""
         else:
             found = checkpoint.load(self.config.resume)
-        notes = self._check_identity(found)
+        notes = changes_since(found, self.config, self.identity)
         if self.steps < found.step:
             raise MismatchError(
                 f"{found.path}: the run is at step {found.step} already, past the {self.steps} asked for; "
@@ -353,28 +336,7 @@ class Trainer:
             notes.append(f"later checkpoints were moved to {paths.typed(aside)}")
         return "; ".join([f"from {paths.typed(found.path)}", *notes])
 
-    def _check_identity(self, found: checkpoint.Checkpoint) -> list[str]:
-        allowed = {name.strip() for name in self.config.allow_mismatch.split(",") if name.strip()}
-        old = found.state["identity"]
-        differing = [name for name in sorted(old.keys() | self.identity.keys()) if old.get(name) != self.identity.get(name)]
-        changes = {name: f"{name} {old.get(name)} → {self.identity.get(name)}" for name in differing}
-        refused = [name for name in differing if name not in allowed]
-        if refused:
-            raise MismatchError(
-                f"{found.path} is of a different run: {'; '.join(changes[name] for name in refused)}. Put the old settings back, "
-                f"choose another --output, start over with --resume never, or accept it with --allow_mismatch {','.join(refused)}"
-            )
-        before, now = found.state["settings"], self._free_settings()
-        free = [
-            f"{name} {before[name]} → {now[name]}" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
-        ]
-        return [f"allowed: {changes[name]}" for name in differing] + free
-
     # -- small things -------------------------------------------------------------------------------------------------------
-
-    def _micro_batch_size(self) -> int:
-        wanted = self.config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // self.batches.samples.block_size)
-        return min(wanted, self.config.batch_size)
 
     def _intervals(self) -> dict[str, int]:
         def every(value: int | None, share: int) -> int:
@@ -399,6 +361,11 @@ class Trainer:
         print(f"run       {self.steps:,} steps of {tokens:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}")
         if resumed:
             print(f"resume    {resumed}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # A CPU's allocator raises no error class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
