@@ -27,7 +27,7 @@ from etude.losses import causal_lm_loss
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.training import checkpoint
-from etude.training.checkpoint import FILES, MANIFEST, found_in, load, newest_good, prune, restore, save, set_aside
+from etude.training.checkpoint import FILES, MANIFEST, found_in, load, newest_good, prune, restore, set_aside, snapshot, write
 from etude.training.config import PretrainConfig
 from etude.training.optim import make_optimizers
 from etude.weights import load_model, save_model
@@ -100,7 +100,7 @@ def test_all_comes_back_exactly_and_training_goes_on_as_if_nothing_had_been(tmp_
     model, optimizers = make(kind, tie_word_embeddings=tied)
     train(model, optimizers, 3)
     state = {"step": 3, "identity": {"text": "春"}, "none": None, "number": 0.1}
-    path = save(tmp_path, state, model, optimizers, keep=1)
+    path = write(tmp_path, snapshot(state, model, optimizers), keep=1)
     kept = states(model, optimizers)
     assert path == tmp_path / "checkpoints" / "step-00000003"
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, MANIFEST])
@@ -126,7 +126,7 @@ def test_weights_bear_hugging_faces_names_and_frozen_ones_stay_out(tmp_path):
     model.embed_tokens.weight.requires_grad_(False)
     optimizers = make_optimizers(model, PretrainConfig(), torch.device("cpu"))
     train(model, optimizers, 1)
-    found = load(save(tmp_path, {"step": 1}, model, optimizers, keep=1))
+    found = load(write(tmp_path, snapshot({"step": 1}, model, optimizers), keep=1))
     assert found.model.keys() == {name for name, _ in model.named_parameters()} - {"embed_tokens.weight"}
     on_disk = checkpoint.read_safetensors(found.path / "model.safetensors").keys()
     assert {"lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"} <= on_disk
@@ -136,7 +136,7 @@ def test_weights_bear_hugging_faces_names_and_frozen_ones_stay_out(tmp_path):
 def test_a_number_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     model, optimizers = make()
     with pytest.raises(ValueError):
-        save(tmp_path, {"step": 1, "best": float("inf")}, model, optimizers, keep=1)
+        write(tmp_path, snapshot({"step": 1, "best": float("inf")}, model, optimizers), keep=1)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_a_number_that_json_cannot_hold_is_refused_before_anything_is_written(tm
 def test_state_that_does_not_fit_is_refused(tmp_path, change, message):
     model, optimizers = make()
     train(model, optimizers, 1)
-    found = load(save(tmp_path, {"step": 1}, model, optimizers, keep=1))
+    found = load(write(tmp_path, snapshot({"step": 1}, model, optimizers), keep=1))
     with pytest.raises(MismatchError, match=message):
         restore(dataclasses.replace(found, **change(found)), *make())
 
@@ -171,7 +171,7 @@ def without(tensors: dict, ending: str) -> dict:
 def test_another_optimizer_is_refused(tmp_path, saved, used):
     model, optimizers = make(saved)
     train(model, optimizers, 1)
-    found = load(save(tmp_path, {"step": 1}, model, optimizers, keep=1))
+    found = load(write(tmp_path, snapshot({"step": 1}, model, optimizers), keep=1))
     with pytest.raises(MismatchError, match="state"):
         restore(found, *make(used))
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "schema_version": 99}))
     seal(path)
-    with pytest.raises(MismatchError, match="schema_version 99 → 1"):
+    with pytest.raises(MismatchError, match="schema_version 99 → 2"):
         load(path)
 
 
@@ -198,7 +198,7 @@ def save_step(run: Path, step: int, keep: int = 2) -> Path:
         for tensor in (model.weight, *optimizer.state[model.weight].values()):
             tensor.fill_(step)
     torch.manual_seed(step)
-    return save(run, {"step": step}, model, [optimizer], keep)
+    return write(run, snapshot({"step": step}, model, [optimizer]), keep)
 
 
 def assert_whole(found: checkpoint.Checkpoint) -> None:

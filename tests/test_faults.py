@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 from test_trainer import asking_to_stop, assert_same, in_child, make, metrics, no_waiting, one_thread, outcome  # noqa: F401
 
-from etude.errors import DataError, Interrupted, MismatchError, StorageError, UsageError
-from etude.losses import causal_lm_loss
+from etude.errors import DataError, Interrupted, MismatchError, StorageError, UsageError, VerificationError
+from etude.losses import IGNORED, Loss, causal_lm_loss
 from etude.training import checkpoint
 from etude.training.lock import RunLock
 
@@ -74,6 +75,88 @@ def test_what_a_killed_run_left_half_written_is_cleaned_and_nothing_else(make, t
     assert left == ["notes.tmp"]
     make("whole").run()
     assert_same(run, {name: outcome(tmp_path / "whole")[name] for name in ("tensors", "model.safetensors")})
+
+
+# ---- checkpoints that are written while training goes on --------------------------------------------------------------------
+
+
+class Blocked:
+    """checkpoint.write that waits for :attr:`gate` before it begins."""
+
+    def __init__(self, monkeypatch):
+        self.gate, self.begun, write = threading.Event(), threading.Event(), checkpoint.write
+
+        def blocked(*arguments):
+            self.begun.set()
+            assert self.gate.wait(30)
+            return write(*arguments)
+
+        monkeypatch.setattr(checkpoint, "write", blocked)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_reach_it(make, tmp_path, monkeypatch):  # noqa: F811
+    settings = {"save_every": 3, "max_steps": 6, "keep_checkpoints": 9}
+    make("plain", **settings).run()
+    blocked = Blocked(monkeypatch)
+    run = make("run", **settings)
+    step = run._optimizer_step
+
+    def going_on(batch):
+        if run.step == 5:  # two updates after the copy was taken
+            assert blocked.begun.is_set() and not checkpoint.found_in(tmp_path / "run")
+            blocked.gate.set()
+        return step(batch)
+
+    run._optimizer_step = going_on
+    run.run()
+    for number in (3, 6):
+        old, new = (checkpoint.load(tmp_path / name / f"checkpoints/step-{number:08d}") for name in ("plain", "run"))
+        for kind in ("model", "optimizer", "rng"):
+            assert all(torch.equal(tensor, getattr(new, kind)[name]) for name, tensor in getattr(old, kind).items())
+        times = {"seconds"}
+        assert {k: v for k, v in old.state.items() if k not in times} == {k: v for k, v in new.state.items() if k not in times}
+
+
+def test_killed_while_a_checkpoint_is_under_way_the_one_before_it_is_loaded(make, tmp_path, monkeypatch):  # noqa: F811
+    settings = {"save_every": 2, "max_steps": 8}
+    make("whole", **settings).run()
+
+    def body():
+        run = make("run", **settings)
+        step, write = run._optimizer_step, checkpoint.write
+        checkpoint.write = lambda *arguments: time.sleep(30) if run.step >= 4 else write(*arguments)
+        run._optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
+        run.run()
+
+    assert in_child(body) == -signal.SIGKILL
+    assert checkpoint.newest_good(tmp_path / "run").step == 2
+    make("run", **settings).run()
+    assert_same(
+        tmp_path / "run", {name: outcome(tmp_path / "whole")[name] for name in ("tensors", "model.safetensors", "metrics")}
+    )
+
+
+def test_an_error_of_the_disk_ends_the_run_at_the_next_save_and_keeps_the_checkpoint_before(make, tmp_path, monkeypatch):  # noqa: F811
+    write = checkpoint.write
+
+    def failing(run, taken, keep):
+        if taken.state["step"] == 4:
+            raise StorageError("model.safetensors: cannot be written (No space left on device); free some space")
+        return write(run, taken, keep)
+
+    monkeypatch.setattr(checkpoint, "write", failing)
+    run = make("run", save_every=2, max_steps=20)
+    with pytest.raises(StorageError, match="No space left"):
+        run.run()
+    assert run.step == 6 and checkpoint.newest_good(tmp_path / "run").step == 2
+
+
+def test_a_stopped_run_leaves_only_when_its_checkpoint_is_on_the_disk(make, tmp_path, monkeypatch):  # noqa: F811
+    blocked = Blocked(monkeypatch)
+    threading.Timer(0.3, blocked.gate.set).start()
+    with pytest.raises(Interrupted):
+        make("run", loss=asking_to_stop(5), save_every=100).run()
+    assert checkpoint.newest_good(tmp_path / "run").step == 5
 
 
 # ---- disk and memory ----------------------------------------------------------------------------------------------------
@@ -198,3 +281,134 @@ def test_a_run_that_hangs_in_reading_can_still_be_killed_and_resumed(make, tmp_p
 
     assert in_child(body) == -signal.SIGALRM
     make("run", save_every=1).run()
+
+
+# ---- spikes ---------------------------------------------------------------------------------------------------------------
+
+LONG = {"max_steps": 40, "save_every": 10, "eval_every": 20}
+
+
+def spiking(run, *steps: int, factor: float = 1e3):
+    """``run`` with the loss of these steps (from 1) times ``factor``."""
+
+    def loss(model, batch):
+        result = causal_lm_loss(model, batch)
+        return Loss(result.sum * factor, result.weight) if model.training and run.step + 1 in steps else result
+
+    run.step_loss = loss
+    return run
+
+
+@pytest.mark.parametrize("factor", [1e3, float("nan"), float("inf")])
+def test_a_spike_is_skipped_counted_and_told(make, tmp_path, capsys, factor):  # noqa: F811
+    spiking(make("run", skip_spikes=2, **LONG), 25, 30, factor=factor).run()
+    found = checkpoint.newest_good(tmp_path / "run")
+    assert found.state["spikes"]["skipped"] == [24, 29] and not found.state["spikes"]["quarantine"]
+    printed = capsys.readouterr().out
+    assert "spike     step 25: " in printed and "its update is skipped (1 of at most 2): row " in printed
+    assert all(torch.isfinite(tensor).all() for tensor in found.model.values())
+
+
+def test_a_skipped_step_changes_nothing_at_all(make, tmp_path):  # noqa: F811
+    """Not the weights, not the optimizer's averages: as if the step's number alone had gone by."""
+    settings = {**LONG, "save_every": 1, "keep_checkpoints": 40, "eval_every": 0}
+    spiking(make("run", skip_spikes=1, **settings), 19).run()
+    before, after = (checkpoint.load(tmp_path / f"run/checkpoints/step-{step:08d}") for step in (18, 19))
+    for kind in ("model", "optimizer"):
+        old, new = getattr(before, kind), getattr(after, kind)
+        assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_spikes_are_counted_across_resumes_and_end_the_run_above_the_cap(make, tmp_path):  # noqa: F811
+    def stopped_at(step):
+        run = spiking(make("run", skip_spikes=2, **LONG), 18, 23, 35)
+        run.batches.samples.load = lambda numbers, load=run.batches.samples.load: (
+            os.kill(os.getpid(), signal.SIGTERM) if run.step == step else None, load(numbers))[1]  # fmt: skip
+        return run
+
+    for step in (20, 30):
+        with pytest.raises(Interrupted):
+            stopped_at(step).run()
+    assert checkpoint.newest_good(tmp_path / "run").state["spikes"]["skipped"] == [17, 22]
+    with pytest.raises(VerificationError, match=r"step 35: .*2 spikes were skipped already \(--skip_spikes\)") as caught:
+        stopped_at(99).run()
+    assert caught.value.exit_code == 70
+
+
+@pytest.mark.parametrize("factor", [1e3, float("nan")])
+def test_going_back_from_spikes_equals_having_known_them_from_the_start(make, tmp_path, capsys, factor):  # noqa: F811
+    spiking(make("rewound", rewind_on_spike=2, **LONG), 28, 33, factor=factor).run()
+    quarantine = checkpoint.newest_good(tmp_path / "rewound").state["spikes"]["quarantine"]
+    assert [entry["step"] for entry in quarantine] == [27, 32]
+    printed = capsys.readouterr().out
+    assert "back to step 20 (1 of at most 2), without its samples: row " in printed and "back to step 30 (2 of" in printed
+
+    knowing = spiking(make("knowing", rewind_on_spike=2, **LONG), 28, 33, factor=factor)
+    knowing._leave_out([dict(entry) for entry in quarantine])
+    knowing.run()
+    assert "back to step" not in capsys.readouterr().out
+    assert_same(tmp_path / "knowing", outcome(tmp_path / "rewound"))
+    steps = [record["step"] for record in metrics(tmp_path / "rewound") if "loss" in record]
+    assert len(steps) == len(set(steps)) and not {28, 33} & set(steps)
+
+
+def test_documents_in_quarantine_teach_nothing_from_then_on(make):  # noqa: F811
+    run = make("run", rewind_on_spike=1, **LONG)
+    number = run.batches.numbers(20)[0]
+    again = next(step for step in range(21, 40) if number in run.batches.numbers(step))
+    plain = [run.batches.at(step)["labels"] for step in (20, again)]
+    run._leave_out([{"step": 20, "documents": [2 * number + 1]}])
+    before, after = (run.batches.at(step)["labels"] for step in (20, again))
+    row = run.batches.numbers(again).index(number)
+    assert torch.equal(before, plain[0]) and (after[row] == IGNORED).all() and (plain[1][row] != IGNORED).any()
+    others = [index for index in range(len(after)) if index != row]
+    assert torch.equal(after[others], plain[1][others])
+
+
+def test_killed_after_going_back_a_run_ends_the_same(make, tmp_path):  # noqa: F811
+    settings = {"rewind_on_spike": 1, **LONG}
+    spiking(make("whole", **settings), 28).run()
+
+    def body(step):
+        run = spiking(make("killed", **settings), 28)
+        optimizer_step = run._optimizer_step
+
+        def dying(batch):
+            if run.step == step and (step < 24 or run.spikes.quarantine):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return optimizer_step(batch)
+
+        run._optimizer_step = dying
+        run.run()
+
+    for step in (23, 25, 33):
+        assert in_child(lambda step=step: body(step)) == -signal.SIGKILL
+    spiking(make("killed", **settings), 28).run()
+    assert_same(tmp_path / "killed", outcome(tmp_path / "whole"))
+
+
+def test_a_spike_before_the_first_checkpoint_goes_back_to_the_beginning(make, tmp_path):  # noqa: F811
+    settings = {"rewind_on_spike": 1, **LONG}
+    spiking(make("rewound", **settings), 3, factor=float("nan")).run()
+    knowing = make("knowing", **settings)
+    knowing._leave_out(checkpoint.newest_good(tmp_path / "rewound").state["spikes"]["quarantine"])
+    knowing.run()
+    assert_same(tmp_path / "knowing", outcome(tmp_path / "rewound"))
+
+
+def test_a_run_goes_back_at_most_so_often(make, tmp_path):  # noqa: F811
+    with pytest.raises(VerificationError, match=r"step 33: .*the run went back 1 times already \(--rewind_on_spike\)"):
+        spiking(make("run", rewind_on_spike=1, **LONG), 28, 33).run()
+    assert checkpoint.newest_good(tmp_path / "run").step == 30
+
+
+def test_without_spikes_the_options_change_nothing(make, tmp_path):  # noqa: F811
+    make("plain").run()
+    for name, option in (("skips", {"skip_spikes": 3}), ("rewinds", {"rewind_on_spike": 3})):
+        make(name, **option).run()
+        assert_same(tmp_path / name, {key: outcome(tmp_path / "plain")[key] for key in ("tensors", "model.safetensors")})
+
+
+def test_both_answers_to_a_spike_at_once_are_refused(make):  # noqa: F811
+    with pytest.raises(UsageError, match="two answers to one thing"):
+        make("run", skip_spikes=1, rewind_on_spike=1)

@@ -70,6 +70,9 @@ class Rows:
     def load(self, numbers) -> dict[str, np.ndarray]:
         return {"ids": self.ids[numbers], "labels": self.labels[numbers]}
 
+    def documents(self, number: int) -> list[int]:
+        return [2 * number, 2 * number + 1]
+
     def describe(self, number: int) -> str:
         return f"row {number}"
 
@@ -198,11 +201,11 @@ def test_asked_to_stop_at_every_step_in_turn(make, tmp_path, reference, kind):
 
 
 def test_further_signals_do_not_disturb_the_save(make, tmp_path, reference, kind):
-    save = checkpoint.save
+    write = checkpoint.write
 
     def disturbed(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
-        path = save(*arguments)
+        path = write(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
         return path
 
@@ -210,7 +213,7 @@ def test_further_signals_do_not_disturb_the_save(make, tmp_path, reference, kind
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def body():
-        checkpoint.save = disturbed
+        checkpoint.write = disturbed
         try:
             run.run()
         finally:
@@ -239,7 +242,8 @@ def test_killed_after_any_step_a_run_ends_as_if_it_had_not_been(make, tmp_path, 
         run = make(f"killed at {k}", optimizer=kind)
         assert in_child(lambda k=k, run=run: (kill_after_record(k), run.run())) == -signal.SIGKILL
         found = checkpoint.newest_good(tmp_path / f"killed at {k}")
-        assert (found.step if found else 0) == (k - 1) // 3 * 3
+        written = (k - 1) // 3 * 3
+        assert (found.step if found else 0) in (written, max(0, written - 3))  # the newest may not have been on the disk yet
         make(f"killed at {k}", optimizer=kind).run()
         assert_same(tmp_path / f"killed at {k}", reference)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from etude.errors import DataError
+from etude.losses import IGNORED
 
 
 class Samples(Protocol):
@@ -23,6 +24,8 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, numbers: Sequence[int]) -> dict[str, np.ndarray]: ...
+
+    def documents(self, number: int) -> list[int]: ...
 
     def describe(self, number: int) -> str: ...
 
@@ -51,6 +54,7 @@ class Batches:
 
     def __init__(self, samples: Samples, batch_size: int, seed: int):
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.left_out: dict[int, int] = {}  # document → the step from which on it teaches nothing
 
     @property
     def steps_per_epoch(self) -> float:
@@ -62,6 +66,10 @@ class Batches:
         places = (divmod(place, count) for place in range(first, first + self.batch_size))
         return [shuffled(index, count, self.seed, epoch) for epoch, index in places]
 
+    def documents(self, step: int) -> list[int]:
+        """The documents that a step's samples are made of."""
+        return sorted({document for number in self.numbers(step) for document in self.samples.documents(number)})
+
     def describe(self, step: int) -> str:
         """Where the samples of a step come from, for people."""
         return ", ".join(self.samples.describe(number) for number in self.numbers(step))
@@ -72,11 +80,16 @@ class Batches:
         Raises :class:`DataError` naming the step's samples where they cannot be read.
         """
         try:
-            return as_tensors(self.samples.load(self.numbers(step)))
+            arrays = self.samples.load(self.numbers(step))
         except Exception as error:  # a damaged store, a vanished disk: whatever it is, say which samples it was
             raise DataError(
                 f"step {step + 1}: its samples cannot be read ({type(error).__name__}: {error}): {self.describe(step)}"
             ) from error
+        if self.left_out:
+            for row, number in enumerate(self.numbers(step)):
+                if any(self.left_out.get(document, step) < step for document in self.samples.documents(number)):
+                    arrays["labels"][row] = IGNORED  # the whole row: what it holds beside them is not told apart
+        return as_tensors(arrays)
 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

@@ -56,11 +56,16 @@ class PretrainBlocks:
         begins = np.diff(documents, axis=1, prepend=-1) > 0
         return documents, index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
 
-    def describe(self, block: int) -> str:
-        """Which documents a block is made of, for error messages."""
+    def documents(self, block: int) -> list[int]:
+        """The documents that a block is made of."""
         first = self.store.document_at(block * self.block_size)
         last = self.store.document_at(min((block + 1) * self.block_size, len(self.store) - 1))
-        return f"block {block} (documents {first}–{last})"
+        return list(range(first, last + 1))
+
+    def describe(self, block: int) -> str:
+        """Which documents a block is made of, for error messages."""
+        documents = self.documents(block)
+        return f"block {block} (documents {documents[0]}–{documents[-1]})"
 
 
 def prepare_pretrain(

@@ -57,6 +57,10 @@ class SFTRows:
                 at = end
         return batch
 
+    def documents(self, row: int) -> list[int]:
+        """The conversations that a row is made of."""
+        return list(self.rows[row])
+
     def describe(self, row: int) -> str:
         """Which conversations a row is made of, for error messages."""
         return f"row {row} (conversations {', '.join(map(str, self.rows[row]))})"

@@ -5,11 +5,13 @@ and, written last, ``manifest.json`` with the SHA-256 of the others. It is made 
 Nothing in it can execute code when it is loaded: safetensors and JSON only.
 """
 
+import copy
 import hashlib
 import json
 import re
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from etude.errors import DataError, EtudeError, MismatchError, StorageError
 from etude.files import whole_folder
 from etude.weights import from_disk_name, read_safetensors, to_disk_name, write_safetensors
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 NAME = re.compile(r"step-(\d{8,})")
@@ -42,22 +44,65 @@ class Checkpoint:
         return self.state["step"]
 
 
-def save(run: str | Path, state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int) -> Path:
-    """Write the checkpoint of ``state["step"]``, then delete all but the newest ``keep``."""
-    target = Path(run) / "checkpoints" / f"step-{state['step']:08d}"
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment, in tensors of its own on the CPU: what training does later does not reach it."""
+
+    state: dict[str, Any]
+    model: dict[str, Tensor]  # by the names they have on disk
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+
+
+def snapshot(state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Snapshot:
+    """Copy what a checkpoint holds. Only trainable weights are stored."""
     weights = {
-        to_disk_name(name): _on_cpu(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        to_disk_name(name): _copied(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+    return Snapshot(copy.deepcopy(state), weights, _optimizer_tensors(model, optimizers), _rng_tensors())
+
+
+def write(run: str | Path, taken: Snapshot, keep: int) -> Path:
+    """Write the checkpoint of a snapshot's step, then delete all but the newest ``keep``."""
+    target = Path(run) / "checkpoints" / f"step-{taken.state['step']:08d}"
     with whole_folder(target) as folder:
-        write_safetensors(weights, folder / "model.safetensors")
-        write_safetensors(_optimizer_tensors(model, optimizers), folder / "optimizer.safetensors")
-        write_safetensors(_rng_tensors(), folder / "rng.safetensors")
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **state}, indent=2, ensure_ascii=False, allow_nan=False)
+        write_safetensors(taken.model, folder / "model.safetensors")
+        write_safetensors(taken.optimizer, folder / "optimizer.safetensors")
+        write_safetensors(taken.rng, folder / "rng.safetensors")
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **taken.state}, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
         manifest = {name: sha256(folder / name) for name in FILES}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     prune(run, keep)
     return target
+
+
+class Saver:
+    """Writes checkpoints while training goes on: a step waits only for the copy. One is under way at a time.
+
+    An error of a write is raised by the next :meth:`save` or :meth:`wait`; the checkpoints before it are whole.
+    """
+
+    def __init__(self, run: str | Path, keep: int):
+        self._run, self._keep = run, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[Path] | None = None
+
+    def save(self, taken: Snapshot) -> None:
+        self.wait()
+        self._writing = self._thread.submit(write, self._run, taken, self._keep)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)  # a run that ends with an error keeps the checkpoint that was under way
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -210,7 +255,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.opt
 def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{type(optimizer).__name__.lower()}/{key}/{names[parameter]}": _on_cpu(tensor)
+        f"{type(optimizer).__name__.lower()}/{key}/{names[parameter]}": _copied(tensor)
         for optimizer in optimizers
         for parameter, values in optimizer.state.items()
         for key, tensor in values.items()
@@ -253,5 +298,5 @@ def _rng_tensors() -> dict[str, Tensor]:
     return states
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().cpu()
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

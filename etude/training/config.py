@@ -71,6 +71,11 @@ class TrainingConfig:
     epsilon: float = option(1e-8, "AdamW's epsilon")
     momentum: float = option(0.95, "Muon's momentum")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm (0: never)")
+    spike_factor: float = option(5.0, "a loss or gradient norm above so many times the median of the last 64 steps is a spike")
+    skip_spikes: int = option(0, "skip the update of a step that spikes, at most so often (0: never)")
+    rewind_on_spike: int = option(
+        0, "at a spike go back to the last checkpoint and leave that step's documents out, at most so often (0: never)"
+    )
     dropout: float | None = option(None, "share of activations dropped in training (default: the model's own)")
 
     seed: int = option(0, "seed of initial weights, data order, validation split and dropout")
@@ -92,7 +97,19 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "block_size", "batch_size", "log_every", "keep_checkpoints")
-        _at_least(self, 0, "max_bad", "seed", "threads", "max_eval_tokens", "learning_rate", "weight_decay", "max_grad_norm")
+        _at_least(
+            self,
+            0,
+            "max_bad",
+            "seed",
+            "skip_spikes",
+            "rewind_on_spike",
+            "threads",
+            "max_eval_tokens",
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+        )
         _at_least(self, 1, "micro_batch_size", "max_steps", "save_every")
         _at_least(self, 0, "eval_every", "sample_every")
         for name in ("val_fraction", "warmup_fraction", "decay_fraction", "final_lr_fraction", "dropout"):
@@ -106,6 +123,10 @@ class TrainingConfig:
             raise UsageError(f"epochs ({self.epochs}) must be greater than 0, and finite")
         if not 0 < self.epsilon < math.inf:
             raise UsageError(f"epsilon ({self.epsilon}) must be greater than 0")
+        if not self.spike_factor > 1:
+            raise UsageError(f"spike_factor ({self.spike_factor}) must be greater than 1")
+        if self.skip_spikes and self.rewind_on_spike:
+            raise UsageError("skip_spikes and rewind_on_spike are two answers to one thing; choose one")
         if self.seed >= 2**32:
             raise UsageError(f"seed ({self.seed}) must be less than 2^32")
 

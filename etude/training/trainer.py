@@ -30,6 +30,7 @@ from etude.training.identity import changes_since, free_settings, identity
 from etude.training.lock import RunLock
 from etude.training.optim import lr_at, make_optimizers, set_lr
 from etude.training.signals import StopSignals
+from etude.training.spikes import SpikeFound, Spikes
 from etude.weights import save_model
 
 AUTO_MICRO_BATCH_TOKENS = 32_768  # enough to keep a large GPU busy; logits of this many tokens still fit a small one
@@ -74,6 +75,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
         self.health = Health(batches, self.device, scaled=self.scaler is not None)
 
+        self.spikes = Spikes(config)
+
         self.steps = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
         self.micro_batch_size = min(wanted, config.batch_size)
@@ -84,6 +87,7 @@ class Trainer:
         self.seconds = 0.0  # spent in steps, over all sessions of the run
         self.identity = identity(config, self.model.config.to_dict(), self.precision, fingerprints or {})
         self.log: RunLog
+        self.saver: checkpoint.Saver
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -100,12 +104,16 @@ class Trainer:
         self.log.resume_from(self.step, revalidate=self.validation_pending)
         cli.save(self.config, f"{self.config.output}/run.yaml")
         self._print_header(resumed)
-        with StopSignals() as stop, ThreadPoolExecutor(1, "batches") as loader:
+        self.saver = checkpoint.Saver(self.config.output, self.config.keep_checkpoints)
+        with StopSignals() as stop, self.saver, ThreadPoolExecutor(1, "batches") as loader:
             if self.validation_pending:
                 self._validate(stop)
                 self._leave_if_asked(stop)
             if self.step < self.steps:
+                if self.config.rewind_on_spike and not checkpoint.found_in(self.config.output):
+                    self._save()  # something to go back to
                 self._loop(loader, stop)
+            self.saver.wait()
         self._finish()
 
     def _loop(self, loader: ThreadPoolExecutor, stop: StopSignals) -> None:
@@ -117,12 +125,19 @@ class Trainer:
             batch = upcoming.result()
             if self.step + 1 < self.steps:
                 upcoming = loader.submit(self.batches.at, self.step + 1)
-            metrics = self._optimizer_step(batch)
+            try:
+                metrics = {} if self.spikes.is_quarantined(self.step) else self._optimizer_step(batch)
+            except SpikeFound as spike:
+                metrics = {}
+                if self._went_back(spike):
+                    upcoming = loader.submit(self.batches.at, self.step)
+                    clock, window = time.perf_counter(), []
+                    continue
             self.step += 1
             self.tokens_seen += batch["ids"].numel()
             last = self.step == self.steps
 
-            recorded = self.step % self.config.log_every == 0 or last
+            recorded = metrics and (self.step % self.config.log_every == 0 or last)
             if recorded:  # reading the numbers waits for the GPU, so only now and then, and before the clock is read
                 metrics = {name: float(value) for name, value in metrics.items()}
             elapsed = time.perf_counter() - clock
@@ -143,6 +158,7 @@ class Trainer:
 
     def _leave_if_asked(self, stop: StopSignals) -> None:
         if stop.received and (self.step < self.steps or self.validation_pending):
+            self.saver.wait()
             self.log.close()
             again = "the same command" if self.config.resume == "auto" else "the same command with --resume auto"
             raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; {again} goes on from here")
@@ -164,6 +180,8 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients) * factor
         if self.config.max_grad_norm:
             factor = factor * (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self.spikes.active and not self._is_taken(loss_sum, norm, weight):
+            return {}
         torch._foreach_mul_(gradients, factor)
         self.health.watch(self.step, loss_sum, norm, weight)
         # The scaler would skip by optimizer; an overflow anywhere spoils the common norm, so all skip together.
@@ -178,6 +196,51 @@ class Trainer:
             self.scaler.update()
             self.health.count_overflow(self.step, overflow)
         return {"loss": loss_sum / weight, "grad_norm": norm, "lr": lr, "supervised_tokens": weight}
+
+    def _is_taken(self, loss_sum: Tensor, norm: Tensor, weight: Tensor) -> bool:
+        """Whether a step is to update the weights. Raises :class:`SpikeFound`; in either case its gradient is gone.
+
+        Reading the numbers waits for a GPU at every step: the price of knowing before the update.
+        """
+        if weight == 0 and self.spikes.quarantine:  # all its rows are left out
+            self._forget_gradients()
+            return False
+        if not self.scaler or torch.isfinite(norm):  # an overflow of fp16 is the scaler's affair
+            try:
+                self.spikes.require_none(float(loss_sum / weight), float(norm))
+            except SpikeFound:
+                self._forget_gradients()
+                raise
+        return True
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _went_back(self, spike: SpikeFound) -> bool:
+        """Answer a spike as the config says: skip the step (False), or go back to the last checkpoint (True)."""
+        told = f"step {self.step + 1}: {spike}"
+        samples = self.batches.describe(self.step)
+        if not self.config.rewind_on_spike:
+            self.spikes.skip(self.step, told)
+            count = f"{len(self.spikes.skipped)} of at most {self.config.skip_spikes}"
+            self.log.line(f"spike     {told}; its update is skipped ({count}): {samples}")
+            return False
+        self.spikes.put_in_quarantine(self.step, self.batches.documents(self.step), told)
+        quarantine = self.spikes.quarantine
+        self.saver.wait()
+        self._take(checkpoint.newest_good(self.config.output))
+        self._leave_out(quarantine)
+        self.log.resume_from(self.step)
+        count = f"{len(quarantine)} of at most {self.config.rewind_on_spike}"
+        self.log.line(f"spike     {told}; back to step {self.step} ({count}), without its samples: {samples}")
+        return True
+
+    def _leave_out(self, quarantine: list[dict[str, Any]]) -> None:
+        self.spikes.quarantine = quarantine
+        for entry in quarantine:
+            for document in entry["documents"]:
+                self.batches.left_out[document] = min(entry["step"], self.batches.left_out.get(document, entry["step"]))
 
     def _sum_gradients(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
         """Add up the gradients of the batch's loss, times ``scale``. Returns the loss and its weight, summed.
@@ -199,8 +262,7 @@ class Trainer:
                     ) from error
             # Out here the error, and with it the activations that its traceback holds, is gone.
             self.micro_batch_size = size // 2
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.log.line(f"memory    {told}; going on with {self.micro_batch_size}, the same batch and gradient")
@@ -281,10 +343,11 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict() if self.scaler else None,
+            "spikes": self.spikes.state(),
             "identity": self.identity,
             "settings": free_settings(self.config),
         }
-        checkpoint.save(self.config.output, state, self.model, self.optimizers, self.config.keep_checkpoints)
+        self.saver.save(checkpoint.snapshot(state, self.model, self.optimizers))
 
     def _save_model(self, folder: str) -> None:
         save_model(self.model, folder)
@@ -320,6 +383,17 @@ class Trainer:
                 f"{found.path}: the run is at step {found.step} already, past the {self.steps} asked for; "
                 "ask for more, or start over with --resume never"
             )
+        self._take(found)
+        if found.state["steps"] != self.steps:
+            notes.append(
+                f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more"
+            )
+        if aside := checkpoint.set_aside(output, after=self.step):
+            notes.append(f"later checkpoints were moved to {paths.typed(aside)}")
+        return "; ".join([f"from {paths.typed(found.path)}", *notes])
+
+    def _take(self, found: checkpoint.Checkpoint) -> None:
+        """Put the whole run where a checkpoint left it."""
         checkpoint.restore(found, self.model, self.optimizers)
         if self.scaler and found.state["scaler"]:
             self.scaler.load_state_dict(found.state["scaler"])
@@ -328,13 +402,8 @@ class Trainer:
         self.best_val_loss = math.inf if best is None else best
         self.validation_pending = found.state["validation_pending"]
         self.tokens_seen, self.seconds = found.state["tokens_seen"], found.state["seconds"]
-        if found.state["steps"] != self.steps:
-            notes.append(
-                f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more"
-            )
-        if aside := checkpoint.set_aside(output, after=self.step):
-            notes.append(f"later checkpoints were moved to {paths.typed(aside)}")
-        return "; ".join([f"from {paths.typed(found.path)}", *notes])
+        self.spikes.restore(found.state["spikes"])
+        self._leave_out(self.spikes.quarantine)
 
     # -- small things -------------------------------------------------------------------------------------------------------
 
