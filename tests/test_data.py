@@ -5,6 +5,9 @@ import json
 import math
 import os
 import random
+import shutil
+import threading
+import time
 import tracemalloc
 from itertools import chain, pairwise
 
@@ -188,7 +191,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, tokenizer, text_file, mon
     with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(tokenizer, "encode_batch", failing)
         prepared(text_file, tokenizer, tmp_path)
-    assert len(calls) == 4 and list((tmp_path / "cache").iterdir()) == []
+    assert len(calls) == 4 and [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
     train, val = prepared(text_file, tokenizer, tmp_path)
     assert train.documents + val.documents == 120
 
@@ -198,7 +201,7 @@ def test_bad_records_end_it_or_are_kept_on_record(tmp_path, tokenizer, capsys):
     path.write_text('{"text": "good"}\n{"body": 1}\n{"text": "good too"}\n{"\\ud800": 2}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"a.jsonl:2: no key 'text'"):
         prepared(path, tokenizer, tmp_path, val_fraction=0)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
     for _ in range(2):  # told again when the data is found tokenised
         train, _ = prepared(path, tokenizer, tmp_path, val_fraction=0, max_bad=2)
         assert texts_in(train, tokenizer) == ["good", "good too"]
@@ -649,3 +652,35 @@ def test_conversations_are_read_batch_by_batch(chat_file, tokenizer, tmp_path, m
     monkeypatch.setattr(sft, "BATCH_CONVERSATIONS", 7)
     store, _ = prepare_sft([str(chat_file)], tokenizer, tmp_path / "small", ROW, val_fraction=0)
     assert store.ids(0, len(store)).tolist() == [token for chat in chats for token in chat.ids[: chat.ends[-1]]]
+
+
+def test_processes_that_start_together_tokenise_once(tmp_path, tokenizer):
+    """The second waits for the first, and a killed one's half-made folder is gone."""
+    from etude.data import tokens
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n', encoding="utf-8")
+    made = []
+
+    def build(folder):
+        time.sleep(0.3)
+        made.append(folder)
+        (folder / "x").write_text("x")
+
+    found = []
+    call = lambda: found.append(tokens.prepared(tmp_path / "cache", [path], "{}", {}, build))  # noqa: E731
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (
+        len(made) == 1
+        and len({folder for folder, _ in found}) == 1
+        and sorted(reused for _, reused in found) == [False, True, True]
+    )
+    folder = found[0][0]
+    shutil.rmtree(folder)
+    (folder.parent / f".{folder.name}.1.abc.tmp").mkdir()
+    call()
+    assert sorted(entry.name for entry in folder.parent.iterdir()) == [".locks", folder.name]

@@ -14,18 +14,16 @@ import torch
 from test_trainer import asking_to_stop, assert_same, in_child, make, metrics, no_waiting, one_thread, outcome  # noqa: F401
 
 from etude.errors import DataError, Interrupted, MismatchError, StorageError, UsageError, VerificationError
+from etude.lock import FolderLock
 from etude.losses import IGNORED, Loss, causal_lm_loss
 from etude.training import checkpoint
-from etude.training.lock import RunLock
 
 # ---- two runs, one folder -----------------------------------------------------------------------------------------------
 
 
 def hold_lock(folder) -> subprocess.Popen:
     """Another process that holds a folder's lock until it is killed."""
-    code = (
-        f"from etude.training.lock import RunLock\nwith RunLock({str(folder)!r}):\n    print('held', flush=True)\n    input()"
-    )
+    code = f"from etude.lock import FolderLock\nwith FolderLock({str(folder)!r}):\n    print('held', flush=True)\n    input()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
@@ -47,14 +45,14 @@ def test_the_lock_of_a_killed_process_is_free(make, tmp_path):  # noqa: F811
     other.send_signal(signal.SIGKILL)
     other.wait()
     make("run").run()
-    with RunLock(tmp_path / "run"):  # and given back by a run that ended
+    with FolderLock(tmp_path / "run"):  # and given back by a run that ended
         pass
 
 
 def test_the_lock_is_given_back_when_a_run_fails_or_is_stopped(make, tmp_path):  # noqa: F811
     with pytest.raises(Interrupted):
         make("run", loss=asking_to_stop(2)).run()
-    with RunLock(tmp_path / "run"):
+    with FolderLock(tmp_path / "run"):
         pass
 
 

@@ -7,6 +7,7 @@ Memory stays flat however large the data is: writing holds one batch of document
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from etude.errors import DataError
 from etude.files import whole_folder
+from etude.lock import FolderLock
 
 FORMAT = 1  # changes when the layout does, so that older stores are made anew
 SHARD_TOKENS = 2**28  # half a GiB of uint16
@@ -162,8 +164,14 @@ def prepared(
     folder = Path(cache) / hashlib.sha256(identity.encode()).hexdigest()[:20]
     if folder.is_dir():
         return folder, True
-    with whole_folder(folder) as temporary:
-        build(temporary)
+    # Runs that start together, and the processes of one run, tokenise once: who comes second waits, and finds it done.
+    with FolderLock(Path(cache) / ".locks" / folder.name, wait=True):
+        if folder.is_dir():
+            return folder, True
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed: the lock is ours
+            shutil.rmtree(left, ignore_errors=True)
+        with whole_folder(folder) as temporary:
+            build(temporary)
     return folder, False
 
 

@@ -19,6 +19,7 @@ from etude.data.batches import Batches, Samples, micro_batches, to_device
 from etude.device import autocast, describe, peak_flops, pick_device, pick_precision, set_deterministic
 from etude.errors import Interrupted, MismatchError, UsageError
 from etude.evaluation import LossResult, evaluate_loss
+from etude.lock import FolderLock
 from etude.losses import Loss
 from etude.model.transformer import Etude
 from etude.runlog import RunLog, duration
@@ -27,7 +28,6 @@ from etude.training import checkpoint
 from etude.training.config import TrainingConfig
 from etude.training.health import Health
 from etude.training.identity import changes_since, free_settings, identity
-from etude.training.lock import RunLock
 from etude.training.optim import lr_at, make_optimizers, set_lr
 from etude.training.signals import StopSignals
 from etude.training.spikes import SpikeFound, Spikes
@@ -93,7 +93,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step and save the model. Raises :class:`Interrupted` after SIGINT or SIGTERM, with all saved."""
-        with RunLock(self.config.output):
+        with FolderLock(self.config.output):
             self._run()
 
     def _run(self) -> None:
