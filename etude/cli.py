@@ -7,6 +7,7 @@ and the sentence that explains it stand beside the name; ``--help`` prints both.
 import dataclasses
 import difflib
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -120,6 +121,8 @@ def run(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if os.environ.get("RANK", "0") != "0":  # of several processes (torchrun) the first talks; errors are everybody's
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         sys.exit(main() or 0)
     except EtudeError as error:

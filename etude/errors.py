@@ -41,6 +41,12 @@ class Interrupted(EtudeError):
     exit_code = 75
 
 
+class PeerLost(EtudeError):
+    """Another process of the run does not answer; started again, the run goes on from the last checkpoint."""
+
+    exit_code = 75
+
+
 class MismatchError(EtudeError):
     """A checkpoint, tokenizer or configuration does not fit, or an earlier stage has not been run."""
 

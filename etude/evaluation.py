@@ -15,6 +15,7 @@ from etude.errors import DataError
 from etude.generation.text import TextModel
 from etude.losses import Loss, causal_lm_loss
 from etude.model.transformer import Etude
+from etude.parallel import Processes
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,36 @@ def evaluate_loss(
     batch_size: int = 8,
     max_tokens: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
 ) -> LossResult:
-    """The loss over ``samples``; with ``max_tokens`` over evenly spaced ones that hold about so many places."""
+    """The loss over ``samples``; with ``max_tokens`` over evenly spaced ones that hold about so many places.
+
+    Several ``processes`` share the batches; the sums are added in the batches' order, so their number changes no bit.
+    """
+    processes = processes or Processes()
     count = len(samples)
     if max_tokens:
         count = min(count, max(1, max_tokens // samples.block_size))
     numbers = [index * len(samples) // count for index in range(count)]
-    nats = torch.zeros((), dtype=torch.float64)
-    tokens = 0
+    starts = range(0, count, batch_size)
+    sums = torch.zeros(2, len(starts), dtype=torch.float64)  # nats and tokens of each batch
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, count, batch_size):
+        for index, start in enumerate(starts):
             if should_stop():
                 break
+            if index % processes.count != processes.rank:
+                continue
             batch = to_device(as_tensors(samples.load(numbers[start : start + batch_size])), device)
             with autocast(device, precision):
                 result = loss(model, batch)
-            nats += result.sum.cpu().double()  # in this order: Metal has no fp64
-            tokens += int(result.weight)
+            sums[0, index] = result.sum.cpu().double()  # in this order: Metal has no fp64
+            sums[1, index] = int(result.weight)
     finally:
         model.train(was_training)
-    return LossResult(nats.item(), tokens)
+    sums = processes.sum(sums.to(device) if device.type == "cuda" else sums).cpu()
+    return LossResult(math.fsum(sums[0].tolist()), int(sums[1].sum()))
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,22 @@ class RunLog:
             self.tracker(None, {})
 
 
+class SilentLog:
+    """A run's log in the processes that leave writing to the first."""
+
+    def metrics(self, step: int, **values: float) -> None: ...
+
+    def progress(self, text: str, last: bool = False) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def resume_from(self, step: int, revalidate: bool = False) -> None: ...
+
+    def draw(self, title: str = "") -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
     records = []

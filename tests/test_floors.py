@@ -12,7 +12,7 @@ from conftest import ROOT
 FLOORS = [
     ["paths", "errors", "cli", "terminal", "runlog", "files", "lock"],
     ["corpus", "model"],
-    ["device", "tokenizer", "chat", "weights", "losses"],
+    ["device", "parallel", "tokenizer", "chat", "weights", "losses"],
     ["llama"],
     ["data", "generation", "export"],
     ["evaluation"],

@@ -26,8 +26,16 @@ SHORT = ["--block_size", "32", "--batch_size", "2", "--max_steps", "3", "--devic
 TINY = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", *SHORT]
 
 
-@pytest.fixture(params=SCRIPTS)
-def script(request) -> str:
+def with_commands(script: str) -> list[list[str]]:
+    """How a script is called, before its options: once, or with each command that has options of its own."""
+    if "parse_commands" not in (ROOT / script).read_text(encoding="utf-8"):
+        return [[script]]
+    return [[script, command] for command in runpy.run_path(str(ROOT / script))["COMMANDS"]]
+
+
+@pytest.fixture(params=[call for script in SCRIPTS for call in with_commands(script)], ids=" ".join)
+def script(request) -> list[str]:
+    """The words of a command line, up to its options."""
     return request.param
 
 
@@ -107,10 +115,13 @@ assert not heavy, heavy
 
 
 def test_help_answers_at_once_without_torch_from_any_directory(script, tmp_path):
-    for folder in (ROOT, (ROOT / script).parent, tmp_path)[:: 1 if script == "train/train_pretrain.py" else 3]:
+    file, *command = script
+    for folder in (ROOT, (ROOT / file).parent, tmp_path)[:: 1 if file == "train/train_pretrain.py" else 3]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        path = os.path.relpath(ROOT / script, folder)
-        done = subprocess.run([sys.executable, "-c", PROBE, path], cwd=folder, capture_output=True, text=True, timeout=60)
+        path = os.path.relpath(ROOT / file, folder)
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, path, *command], cwd=folder, capture_output=True, text=True, timeout=60
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
         assert "--config" in done.stdout and "usage:" in done.stdout.lower()
@@ -123,11 +134,11 @@ def options_of(help_text: str) -> set[str]:
 
 
 def test_a_misspelt_option_is_refused_with_the_right_one(script, call):
-    code, out, _ = call(script, "--help")
+    code, out, _ = call(*script, "--help")
     assert code == 0
     option = max(options_of(out), key=len)
-    refused(call(script, f"--{option[:-2]}{option[-1]}", "1"), 2, f"did you mean --{option}?")
-    refused(call(script, "--zzzzqqqq=1"), 2, "--zzzzqqqq", "see --help")
+    refused(call(*script, f"--{option[:-2]}{option[-1]}", "1"), 2, f"did you mean --{option}?")
+    refused(call(*script, "--zzzzqqqq=1"), 2, "--zzzzqqqq", "see --help")
 
 
 def test_an_abbreviation_is_no_option(call):
@@ -159,13 +170,13 @@ def test_an_unknown_key_in_a_config_file_is_refused(call):
 
 
 def test_what_print_config_prints_config_takes_back(script, call):
-    code, printed, _ = call(script, "--print_config")
+    code, printed, _ = call(*script, "--print_config")
     assert code == 0
     values = yaml.safe_load(printed)
-    assert options_of(call(script, "--help")[1]) <= values.keys()
+    assert options_of(call(*script, "--help")[1]) <= values.keys()
     changed = {key: value + 3 for key, value in values.items() if type(value) is int}
     Path("run.yaml").write_text(yaml.safe_dump({**values, **changed}, allow_unicode=True))
-    code, again, _ = call(script, "--config", "run.yaml", "--print_config")
+    code, again, _ = call(*script, "--config", "run.yaml", "--print_config")
     assert code == 0 and yaml.safe_load(again) == {**values, **changed}
 
 
@@ -233,7 +244,7 @@ def test_typed_paths_are_relative_to_where_one_stands_and_defaults_to_the_worksp
     run = home / "weight" / "etude_pretrained_model"
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.yaml", "metrics.jsonl",
                 "loss.png", "best", "checkpoints"}  # fmt: skip
-    assert set(os.listdir(run)) == expected
+    assert set(os.listdir(run)) - {".lock"} == expected
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir()) == here and sorted(os.listdir(home)) == ["training_data", "weight"]
     code, out, _ = call("train/train_pretrain.py", "--config", run / "run.yaml")  # what a run saved, it takes back

@@ -735,9 +735,9 @@ def test_in_bf16_the_weights_stay_in_fp32_and_no_loss_is_scaled(make, tmp_path):
     assert {tensor.dtype for tensor in (*found.model.values(), *found.optimizer.values())} == {torch.float32}
 
 
-def test_several_processes_are_refused_rather_than_trained_apart(make, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="several processes"):
+def test_more_processes_than_rows_are_refused(make, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(UsageError, match=r"batch_size \(5\) must be at least the number of processes \(6\)"):
         make("run")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from etude.errors import DataError
 from etude.losses import IGNORED
+from etude.parallel import Processes
 
 
 class Samples(Protocol):
@@ -54,6 +55,7 @@ class Batches:
 
     def __init__(self, samples: Samples, batch_size: int, seed: int):
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.processes = Processes()
         self.left_out: dict[int, int] = {}  # document → the step from which on it teaches nothing
 
     @property
@@ -75,18 +77,19 @@ class Batches:
         return ", ".join(self.samples.describe(number) for number in self.numbers(step))
 
     def at(self, step: int) -> dict[str, Tensor]:
-        """The whole global batch of a step, on the CPU; slice it with :func:`micro_batches`.
+        """This process's rows of a step's global batch, on the CPU; slice them with :func:`micro_batches`.
 
         Raises :class:`DataError` naming the step's samples where they cannot be read.
         """
         try:
-            arrays = self.samples.load(self.numbers(step))
+            numbers = self.numbers(step)[self.processes.rows(self.batch_size)]
+            arrays = self.samples.load(numbers)
         except Exception as error:  # a damaged store, a vanished disk: whatever it is, say which samples it was
             raise DataError(
                 f"step {step + 1}: its samples cannot be read ({type(error).__name__}: {error}): {self.describe(step)}"
             ) from error
         if self.left_out:
-            for row, number in enumerate(self.numbers(step)):
+            for row, number in enumerate(numbers):
                 if any(self.left_out.get(document, step) < step for document in self.samples.documents(number)):
                     arrays["labels"][row] = IGNORED  # the whole row: what it holds beside them is not told apart
         return as_tensors(arrays)

@@ -85,6 +85,7 @@ class TrainingConfig:
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on for CUDA only")
     deterministic: bool = option(False, "ask a GPU for operations whose result does not depend on timing")
+    collective_timeout: float = option(600.0, "seconds after which a process that does not answer is given up (torchrun)")
     threads: int = option(0, "CPU threads (0: torch's choice)")
 
     log_every: int = option(10, "steps between records in metrics.jsonl")
@@ -135,6 +136,7 @@ class TrainingConfig:
 TOLD_BY_CONTENT = {"data", "val_data", "output", "token_cache", "tokenizer", "init_from"}  # and not by where they lie
 FREE_ON_RESUME = TOLD_BY_CONTENT | {
     "resume", "allow_mismatch", "micro_batch_size", "auto_micro_batch", "epochs", "max_steps", "device", "compile", "deterministic", "threads",
+    "collective_timeout",
     "log_every", "eval_every", "max_eval_tokens", "save_every", "keep_checkpoints", "sample_every", "tracker", "max_bad",
 }  # fmt: skip
 

@@ -22,7 +22,8 @@ from etude.evaluation import LossResult, evaluate_loss
 from etude.lock import FolderLock
 from etude.losses import Loss
 from etude.model.transformer import Etude
-from etude.runlog import RunLog, duration
+from etude.parallel import from_environment, local_device
+from etude.runlog import RunLog, SilentLog, duration
 from etude.tokenizer import Tokenizer
 from etude.training import checkpoint
 from etude.training.config import TrainingConfig
@@ -54,15 +55,15 @@ class Trainer:
         sample: Callable[[Etude], str] | None = None,
         fingerprints: dict[str, Any] | None = None,
     ):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UsageError("several processes (torchrun) cannot train one model yet; start a single process")
+        self.processes = from_environment(config.batch_size, config.collective_timeout)
+        batches.processes = self.processes
         if config.threads:
             torch.set_num_threads(config.threads)
         set_deterministic(config.deterministic)
         self.config, self.tokenizer, self.batches = config, tokenizer, batches
         self.val = val if val is not None and len(val) else None
         self.sample = sample
-        self.device = pick_device(config.device)
+        self.device = pick_device(local_device(config.device))
         self.precision = pick_precision(config.precision, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams and events are the current device's
@@ -79,38 +80,47 @@ class Trainer:
 
         self.steps = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
-        self.micro_batch_size = min(wanted, config.batch_size)
+        rows = self.processes.rows(config.batch_size)
+        self.micro_batch_size = min(wanted, rows.stop - rows.start)
+        self.eval_batch_size = min(wanted, config.batch_size, max(1, 8_192 // batches.samples.block_size))
+        self.tokens_per_step = config.batch_size * batches.samples.block_size
         self.step = 0  # optimizer steps done
         self.best_val_loss = math.inf
         self.validation_pending = False  # it was due at this step, but the run was asked to stop
         self.tokens_seen = 0
         self.seconds = 0.0  # spent in steps, over all sessions of the run
         self.identity = identity(config, self.model.config.to_dict(), self.precision, fingerprints or {})
-        self.log: RunLog
+        self.log: RunLog | SilentLog
         self.saver: checkpoint.Saver
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the last step and save the model. Raises :class:`Interrupted` after SIGINT or SIGTERM, with all saved."""
-        with FolderLock(self.config.output):
-            self._run()
+        with self.processes.together(self.device):
+            if self.processes.is_first:
+                with FolderLock(self.config.output):
+                    checkpoint.clean(self.config.output)
+                    self._run()
+            else:
+                self._run()
 
     def _run(self) -> None:
-        checkpoint.clean(self.config.output)
         resumed = self._resume()
-        checkpoint.require_room(self.config.output, self.model, self.optimizers, self.config.keep_checkpoints)
-        self.log = RunLog(self.config.output, self.config.tracker, cli.as_dict(self.config))
-        self.log.resume_from(self.step, revalidate=self.validation_pending)
-        cli.save(self.config, f"{self.config.output}/run.yaml")
+        self.log = SilentLog()
+        if self.processes.is_first:
+            checkpoint.require_room(self.config.output, self.model, self.optimizers, self.config.keep_checkpoints)
+            self.log = RunLog(self.config.output, self.config.tracker, cli.as_dict(self.config))
+            self.log.resume_from(self.step, revalidate=self.validation_pending)
+            cli.save(self.config, f"{self.config.output}/run.yaml")
         self._print_header(resumed)
         self.saver = checkpoint.Saver(self.config.output, self.config.keep_checkpoints)
-        with StopSignals() as stop, self.saver, ThreadPoolExecutor(1, "batches") as loader:
+        with StopSignals(self.processes) as stop, self.saver, ThreadPoolExecutor(1, "batches") as loader:
             if self.validation_pending:
                 self._validate(stop)
                 self._leave_if_asked(stop)
             if self.step < self.steps:
-                if self.config.rewind_on_spike and not checkpoint.found_in(self.config.output):
+                if self.config.rewind_on_spike and self.step == 0:
                     self._save()  # something to go back to
                 self._loop(loader, stop)
             self.saver.wait()
@@ -134,7 +144,8 @@ class Trainer:
                     clock, window = time.perf_counter(), []
                     continue
             self.step += 1
-            self.tokens_seen += batch["ids"].numel()
+            stop.agree(self.step)
+            self.tokens_seen += self.tokens_per_step
             last = self.step == self.steps
 
             recorded = metrics and (self.step % self.config.log_every == 0 or last)
@@ -142,23 +153,24 @@ class Trainer:
                 metrics = {name: float(value) for name, value in metrics.items()}
             elapsed = time.perf_counter() - clock
             self.seconds += elapsed
-            window.append((elapsed, batch["ids"].numel()))
+            window.append((elapsed, self.tokens_per_step))
             if recorded:
                 self._record(metrics, window)
                 window.clear()
             if _due(self.step, every["eval"], last):
                 self._validate(stop)
-            if every["sample"] and _due(self.step, every["sample"], last) and self.sample and not stop.received:
+            if every["sample"] and _due(self.step, every["sample"], last) and self.sample and not stop.asked:
                 self.health.check()
                 self.log.line(f"sample    {self.sample(self.model)}")
-            if _due(self.step, every["save"], last) or stop.received:
+            if _due(self.step, every["save"], last) or stop.asked:
                 self._save()
             self._leave_if_asked(stop)
             clock = time.perf_counter()  # what validating, sampling and saving took is no part of a step
 
     def _leave_if_asked(self, stop: StopSignals) -> None:
-        if stop.received and (self.step < self.steps or self.validation_pending):
+        if stop.asked and (self.step < self.steps or self.validation_pending):
             self.saver.wait()
+            self.processes.meet()  # torchrun ends all when the first one ends, and that must not be before the save is done
             self.log.close()
             again = "the same command" if self.config.resume == "auto" else "the same command with --resume auto"
             raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; {again} goes on from here")
@@ -170,12 +182,14 @@ class Trainer:
         lr = lr_at(self.step, self.steps, self.config)
         set_lr(self.optimizers, lr)
         # Sums over thousands of tokens would overflow fp16 on the way back; a constant keeps them near 1.
-        scale = 1.0 / batch["ids"].numel()
+        scale = 1.0 / self.tokens_per_step
         loss_sum, weight = self._sum_gradients(batch, scale)
         if self.scaler:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        self.processes.sum_gradients(gradients)
+        loss_sum, weight = self.processes.sum(torch.stack((loss_sum, weight.to(loss_sum.dtype))))
         factor = 1 / (scale * weight)  # what the summed gradient still needs to become the mean's
         norm = torch.nn.utils.get_total_norm(gradients) * factor
         if self.config.max_grad_norm:
@@ -229,7 +243,7 @@ class Trainer:
         self.spikes.put_in_quarantine(self.step, self.batches.documents(self.step), told)
         quarantine = self.spikes.quarantine
         self.saver.wait()
-        self._take(checkpoint.newest_good(self.config.output))
+        self._take(self._newest())
         self._leave_out(quarantine)
         self.log.resume_from(self.step)
         count = f"{len(quarantine)} of at most {self.config.rewind_on_spike}"
@@ -270,16 +284,22 @@ class Trainer:
     def _try_gradients(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
         weight = torch.zeros((), device=self.device)
-        for number, micro_batch in enumerate(micro_batches(batch, self.micro_batch_size)):
-            # Dropout is a function of (seed, step, micro-batch), so that a resumed step drops the same channels.
-            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 1_009 + number) % 2**63)
+        row = self.processes.rows(self.config.batch_size).start  # of the global batch
+        for micro_batch in micro_batches(batch, self.micro_batch_size):
+            self._seed_dropout(row)
+            row += len(micro_batch["ids"])
             with autocast(self.device, self.precision):
                 result = self.step_loss(self.model, to_device(micro_batch, self.device))
             scaled = result.sum * scale
             (self.scaler.scale(scaled) if self.scaler else scaled).backward()
             loss_sum += result.sum.detach()
             weight += result.weight
+        self._seed_dropout(self.config.batch_size)  # the generator's state in a checkpoint does not tell who computed what
         return loss_sum, weight
+
+    def _seed_dropout(self, row: int) -> None:
+        """Dropout is a function of (seed, step, row), so that a resumed step drops the same channels."""
+        torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 1_000_003 + row) % 2**63)
 
     # -- validating, recording, saving ----------------------------------------------------------------------------------
 
@@ -289,10 +309,10 @@ class Trainer:
         self.validation_pending = True
         result = evaluate_loss(
             self.model, self.val, self.device, self.precision, self.loss,
-            batch_size=min(self.micro_batch_size, max(1, 8_192 // self.val.block_size)),
-            max_tokens=self.config.max_eval_tokens, should_stop=lambda: stop.received,
+            batch_size=self.eval_batch_size,
+            max_tokens=self.config.max_eval_tokens, should_stop=lambda: self.processes.count == 1 and stop.received, processes=self.processes,
         )  # fmt: skip
-        if stop.received:
+        if self.processes.count == 1 and stop.received:
             return  # the result is of a part only; it is made again after resuming
         self.validation_pending = False
         values = {"val_loss": result.loss, "val_perplexity": result.perplexity}
@@ -303,7 +323,8 @@ class Trainer:
         better = result.loss < self.best_val_loss
         if better:
             self.best_val_loss = result.loss
-            self._save_model(f"{self.config.output}/best")
+            if self.processes.is_first:
+                self._save_model(f"{self.config.output}/best")
         described = f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}"
         described += f"  bits/byte {bits:.4f}" if bits is not None else ""
         self.log.line(f"validate  step {self.step}: {described}{'  (best so far)' if better else ''}")
@@ -335,6 +356,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.health.check()
+        if not self.processes.is_first:
+            return
         state = {
             "step": self.step,
             "steps": self.steps,
@@ -355,6 +378,8 @@ class Trainer:
 
     def _finish(self) -> None:
         self.health.check()
+        if not self.processes.is_first:
+            return
         self._save_model(self.config.output)
         self.log.draw(f"{os.path.basename(self.config.output)}: {self.steps} steps")
         self.log.close()
@@ -369,10 +394,10 @@ class Trainer:
         """Go on from a checkpoint, if there is one. Returns a line about it for the header."""
         output = self.config.output
         if self.config.resume == "never":
-            aside = checkpoint.set_aside(output)
+            aside = checkpoint.set_aside(output) if self.processes.is_first else None
             return f"earlier checkpoints were moved to {paths.typed(aside)}" if aside else ""
         if self.config.resume == "auto":
-            found = checkpoint.newest_good(output)
+            found = self._newest()
             if found is None:
                 return ""
         else:
@@ -388,9 +413,22 @@ class Trainer:
             notes.append(
                 f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more"
             )
-        if aside := checkpoint.set_aside(output, after=self.step):
+        self.processes.meet()  # all have read before anything is moved
+        if self.processes.is_first and (aside := checkpoint.set_aside(output, after=self.step)):
             notes.append(f"later checkpoints were moved to {paths.typed(aside)}")
         return "; ".join([f"from {paths.typed(found.path)}", *notes])
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """The newest good checkpoint, the same one in every process: the first decides."""
+        found: checkpoint.Checkpoint | None = None
+
+        def decide() -> str:
+            nonlocal found
+            found = checkpoint.newest_good(self.config.output)
+            return str(found.path) if found else ""
+
+        path = self.processes.from_first(decide)
+        return found if self.processes.is_first or not path else checkpoint.load(path)
 
     def _take(self, found: checkpoint.Checkpoint) -> None:
         """Put the whole run where a checkpoint left it."""
@@ -421,13 +459,14 @@ class Trainer:
     def _print_header(self, resumed: str) -> None:
         counts = self.model.config.num_parameters()
         shape = self.model.config
-        tokens = self.batches.batch_size * self.batches.samples.block_size
         print(
             f"model     {counts['total']:,} parameters: {shape.hidden_size} wide, {shape.num_hidden_layers} layers, vocabulary {shape.vocab_size:,}"
         )
         print(f"device    {describe(self.device)}; {self.precision}{', compiled' if self.step_loss is not self.loss else ''}")
         epochs = self.steps / self.batches.steps_per_epoch
-        print(f"run       {self.steps:,} steps of {tokens:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}")
+        print(
+            f"run       {self.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}"
+        )
         if resumed:
             print(f"resume    {resumed}")
 

@@ -1,0 +1,177 @@
+"""Several processes that train one model together: started by ``torchrun``, one a device, each with a copy of the model.
+
+A step's gradient is the sum over its rows, whoever computes it, so the processes add theirs up and take the same step.
+On a CPU two processes reach the very bits of one that takes the two halves as micro-batches.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from etude.errors import Interrupted, PeerLost, UsageError
+
+BUCKET_ELEMENTS = 2**26  # gradients are sent in pieces of a quarter GiB, so that a second copy of all is not needed
+
+
+class Processes:
+    """This process and those it trains with; alone, every method does nothing.
+
+    Numbers that a decision hangs on travel over the CPU (gloo), so that agreeing never waits for a GPU's queue.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, timeout_seconds: float = 600.0):
+        self.rank, self.count, self.timeout_seconds = rank, count, timeout_seconds
+        self._step = 0
+        self._control = None  # a gloo group beside NCCL's
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and talks to the person."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> slice:
+        """Which of a global batch's ``count`` rows are this process's: a stretch of them, as even as it goes."""
+        return slice(self.rank * count // self.count, (self.rank + 1) * count // self.count)
+
+    def sum_gradients(self, gradients: list[Tensor]) -> None:
+        """Add up each gradient over the processes, in place."""
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        with self._telling("adding up the gradients"):
+            for bucket in _buckets(gradients):
+                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+                dist.all_reduce(flat)
+                torch._foreach_copy_(
+                    bucket, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in bucket]), bucket, strict=True)]
+                )
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """``tensor`` added up over the processes, in place."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            with self._telling("adding up the losses"):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool, step: int) -> bool:
+        """Whether ``flag`` is set in any process. Also tells the others that this one has reached ``step``."""
+        if self.count == 1:
+            return flag
+        import torch.distributed as dist
+
+        self._step = step
+        self._store().set(f"etude/step/{self.rank}", str(step))
+        flags = torch.tensor([int(flag)])
+        with self._telling("meeting after the step"):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flags.item())
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """What ``make`` returns in the first process; the others only receive it."""
+        if self.count == 1:
+            return make()
+        import torch.distributed as dist
+
+        text = make().encode() if self.is_first else b""
+        with self._telling("hearing from the first process"):
+            length = torch.tensor([len(text)])
+            dist.broadcast(length, 0, group=self._control)
+            content = (
+                torch.tensor(list(text), dtype=torch.uint8) if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+            )
+            if length:
+                dist.broadcast(content, 0, group=self._control)
+        return bytes(content.tolist()).decode()
+
+    def meet(self) -> None:
+        """Wait until all are here."""
+        self.from_first(lambda: "")
+
+    @contextmanager
+    def together(self, device: torch.device) -> Iterator[None]:
+        """While open, the processes are connected. Raises :class:`PeerLost` when one of them stops answering."""
+        if self.count == 1:
+            yield
+            return
+        import torch.distributed as dist
+
+        timeout = timedelta(seconds=self.timeout_seconds)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+        self._control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
+        try:
+            yield
+        except Interrupted:  # all of them, after the same step
+            dist.destroy_process_group()
+            raise
+        except BaseException:
+            raise  # leaving in order would wait for the others, who may be waiting for us; torchrun ends them with this one
+        else:
+            self.meet()
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _telling(self, doing: str) -> Iterator[None]:
+        """Turn a collective's timeout or broken connection into one line that names who is missing."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLost(
+                f"rank {self.rank} of {self.count}, after step {self._step}, {doing}: no answer within {self.timeout_seconds:g} s, "
+                f"or the connection broke; {self._whereabouts()}. Start it again, and it goes on from the last checkpoint"
+            ) from error
+
+    def _whereabouts(self) -> str:
+        """Where the others were seen last."""
+        seen = []
+        for rank in range(self.count):
+            if rank != self.rank:
+                try:
+                    known = self._store().check([f"etude/step/{rank}"])
+                    step = self._store().get(f"etude/step/{rank}").decode() if known else "0"
+                    seen.append(f"rank {rank} was last seen after step {step}")
+                except RuntimeError:  # the store went with the process that kept it
+                    seen.append(f"rank {rank} cannot be asked")
+        return ", ".join(seen)
+
+    def _store(self):
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        return _get_default_store()
+
+
+def from_environment(batch_size: int, timeout_seconds: float) -> Processes:
+    """The processes as torchrun's environment variables tell them."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > batch_size:
+        raise UsageError(
+            f"batch_size ({batch_size}) must be at least the number of processes ({count}): each takes a row or more"
+        )
+    return Processes(int(os.environ.get("RANK", "0")), count, timeout_seconds)
+
+
+def local_device(name: str) -> str:
+    """The device for this process: with several GPUs, the one that torchrun's LOCAL_RANK says."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
