@@ -7,6 +7,7 @@ and the sentence that explains it stand beside the name; ``--help`` prints both.
 import dataclasses
 import difflib
 import errno
+import importlib
 import os
 import re
 import sys
@@ -72,8 +73,9 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     return (values.command, config) if commands else config
 
 
-def parse_commands(config_classes: dict[str, tuple[type, str]], description: str, argv: Sequence[str] | None = None):
-    """Read ``argv`` where each sub-command has a config class of its own: ``{name: (config class, explanation)}``.
+def parse_commands(config_classes: dict[str, tuple[type | str, str]], description: str, argv: Sequence[str] | None = None):
+    """Read ``argv`` where each sub-command has a config class of its own: ``{name: (config class, explanation)}``. The class
+    may be named, "etude.corpus.survey.CheckConfig", and is then imported when its command is called.
 
     Returns ``(command, config)``; ``--help`` before a command lists them, after one its options.
     """
@@ -89,7 +91,15 @@ def parse_commands(config_classes: dict[str, tuple[type, str]], description: str
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(config_classes)}"
         raise UsageError(f"there is no command {command!r}; {hint}")
     config_class, explanation = config_classes[command]
-    return command, parse(config_class, explanation, arguments[1:])
+    return command, parse(named_class(config_class), explanation, arguments[1:])
+
+
+def named_class(config_class: type | str) -> type:
+    """The class itself, or the one of this full name."""
+    if isinstance(config_class, str):
+        module, _, name = config_class.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+    return config_class
 
 
 def _refuse_unknown_flags(arguments: Sequence[str], names: Sequence[str]) -> None:

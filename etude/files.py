@@ -29,7 +29,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``path``; when the block ends well it is synced and replaces ``path``, else it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent))
     os.chmod(temporary, 0o755)  # mkdtemp gives 0700; a model is to be readable by whoever may read its parent
     try:
         yield temporary

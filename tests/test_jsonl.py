@@ -274,6 +274,60 @@ def test_mutated_lines_are_all_accepted_or_rejected(tmp_path):
     assert refusal(path).startswith(f"{rejected[0]}: ")
 
 
+def odd_json(source: random.Random, depth: int = 0) -> str:
+    """A JSON value as somebody may write it: odd spaces and numbers, escapes, keys that occur twice."""
+    space = lambda: source.choice(["", "", "", " ", "  ", "\t", "\r"])  # noqa: E731
+    kind = source.randrange(10 if depth < 3 else 6)
+    if kind < 3 and depth:
+        return source.choice(
+            [
+                '"a"',
+                '": b"',
+                '"\\": "',
+                '" :"',
+                '"\\u0022:"',
+                '"\\u003a"',
+                '"春"',
+                '"\\ud83d\\ude0a"',
+                '"\\ud83d"',
+                '"\\\\"',
+                '":"',
+            ]
+        )
+    if kind < 6 and depth:
+        long = str(source.randrange(10 ** source.randrange(15, 25)))
+        return source.choice(
+            ["1", "-0", "0.5", "1e5", "1E400", "-1e-400", "true", "null", "NaN", long, "-" + long, long + ".0"]
+        )
+    parts = [odd_json(source, depth + 1) for _ in range(source.randrange(4))]
+    if kind == 9:
+        return f"[{space()}{','.join(parts)}{space()}]"
+    keys = ['"a"', '"b"', '"\\u0061"', '"a:"', '":"', '"\\""', '"春"', '""']
+    return "{" + ",".join(f"{space()}{source.choice(keys)}{space()}:{space()}{part}" for part in parts) + space() + "}"
+
+
+def test_the_fast_reader_takes_nothing_that_the_exact_one_reads_otherwise():
+    pytest.importorskip("orjson")
+    source, fast, refused = random.Random(2), 0, 0
+    for _ in range(20_000):
+        line = odd_json(source)
+        record = jsonl._parse_fast(line.encode())
+        try:
+            exact = parse_object(line)
+        except DataError:
+            assert record is None, line
+            refused += 1
+            continue
+        if record is not None:
+            assert repr(record).replace("-0.0", "0") == repr(exact).replace("-0.0", "0"), line
+            fast += 1
+    assert fast > 2000 and refused > 2000
+    # And it does take what is common.
+    for record in ({"text": 'He said: "a" b', "n": [1.5, {"x": "春 :"}]}, {"messages": [{"role": "user", "content": "a\tb"}]}):
+        for line in (json.dumps(record), json.dumps(record, ensure_ascii=False), json.dumps(record, separators=(",", ":"))):
+            assert jsonl._parse_fast(line.encode()) == record, line
+
+
 def test_flipped_bytes_never_pass_unseen(tmp_path):
     source = random.Random(1)
     whole = b"".join(json.dumps({"text": f"{number} 春眠不觉晓"}, ensure_ascii=False).encode() + b"\n" for number in range(20))

@@ -158,7 +158,7 @@ def option_names(script: str) -> set[str]:
             patch.setattr(cli, name, lambda classes, *rest, **more: found.append(classes) or sys.exit())
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / script))["main"]()
-    classes = [kind for kind, _ in found[0].values()] if isinstance(found[0], dict) else found
+    classes = [cli.named_class(kind) for kind, _ in found[0].values()] if isinstance(found[0], dict) else found
     return {field.name for kind in classes for field in dataclasses.fields(kind)}
 
 

@@ -8,13 +8,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from etude import paths
-from etude.corpus.jsonl import Rejects, Row, find_files, kind_of, read_rows
+from etude.corpus.jsonl import TEXT_SUFFIXES, Rejects, Row, find_files, kind_of, read_rows
 from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, create_binary
 from etude.errors import UsageError
 from etude.files import whole_file, whole_folder
@@ -40,7 +40,7 @@ class Output:
     def write_line(self, line: bytes) -> None:
         """Keep a row as it stood: without its line end."""
         if self._file is None or (self._shard_bytes and len(line) + 1 > self._room < self._shard_bytes):
-            self._next_shard()
+            self.next_shard()
         self._file.write(line)
         self._file.write(b"\n")
         self._room -= len(line) + 1
@@ -65,7 +65,8 @@ class Output:
         """For reading: bad records, within ``max_bad``, are set aside here like others."""
         return Rejects(max_bad, keep=lambda place, reason, line: self.reject(place, reason, line, kind="bad record"))
 
-    def _next_shard(self) -> None:
+    def next_shard(self) -> None:
+        """Let the next row begin another file; only where the output is a folder."""
         if self._file is not None:
             self._file.close()
         self._file = self._open_shard(self._shards)
@@ -74,7 +75,7 @@ class Output:
 
     def close(self) -> None:
         if self._file is None:
-            self._next_shard()  # no row at all is an empty file, not a missing one
+            self.next_shard()  # no row at all is an empty file, not a missing one
         self._file.close() if self._file is not sys.stdout.buffer else self._file.flush()
         if self._rejected is not None:
             self._rejected.close()
@@ -82,13 +83,19 @@ class Output:
 
 @contextmanager
 def output_to(
-    path: str, inputs: Sequence[Path] = (), force: bool = False, shard_bytes: int = 0, rejected: str = ""
+    path: str,
+    inputs: Sequence[Path] = (),
+    force: bool = False,
+    shard_bytes: int = 0,
+    rejected: str = "",
+    create: Callable[[Path, Path], IO[bytes]] = create_binary,
 ) -> Iterator[Output]:
     """An :class:`Output` into the file ``path``, compressed by its suffix, or into standard output (``-``).
 
     With ``shard_bytes`` ``path`` is a folder, of files ``00000.jsonl``, … of about so many bytes before compression.
     Rejected rows go to ``rejected``, by default NAME.rejected.jsonl beside the output (none beside a pipe). All of it appears
     when the block ends well. Raises :class:`UsageError` if ``path`` exists, unless ``force``, or is one of the inputs.
+    ``create(path, like)`` opens the file for the rows, as :func:`create_binary` does.
     """
     check_output(path, inputs, force)
     target = Path(path)
@@ -103,7 +110,7 @@ def output_to(
             open_shard = lambda number: create_binary(folder / f"{number:05d}.jsonl", Path("x.jsonl"))  # noqa: E731
         else:
             temporary = stack.enter_context(whole_file(target))
-            open_shard = lambda number: create_binary(temporary, target)  # noqa: E731
+            open_shard = lambda number: create(temporary, target)  # noqa: E731
         open_rejected = None
         if rejected_path is not None:
 
@@ -169,11 +176,11 @@ def rows_of(files: Sequence[Path], rejects: Rejects, bar: Any = None) -> Iterato
         yield from read_rows(path, rejects, bar)
 
 
-def inputs_of(names: Sequence[str]) -> list[Path]:
+def inputs_of(names: Sequence[str], suffixes: Collection[str] = TEXT_SUFFIXES) -> list[Path]:
     """The files that ``--input`` names; naming none is a mistake."""
     if not names:
         raise UsageError("name an --input: files, folders, globs, or - for standard input")
-    return find_files(names)
+    return find_files(names, suffixes)
 
 
 def tell(line: str) -> None:

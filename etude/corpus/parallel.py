@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -47,6 +47,19 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
         raise DataError("a worker process ended without a word (out of memory?); try --workers 1 to see where") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The same items, made by a thread that keeps ``depth`` of them ready. For work that lets other threads run, as unpacking."""
+    iterator, end = iter(items), object()
+    thread = ThreadPoolExecutor(1)
+    try:
+        under_way = deque(thread.submit(next, iterator, end) for _ in range(depth))
+        while (item := under_way.popleft().result()) is not end:
+            under_way.append(thread.submit(next, iterator, end))
+            yield item
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin_worker() -> None:
