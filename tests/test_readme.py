@@ -24,7 +24,7 @@ from etude import cli, errors
 from etude.model.config import PRESETS, EtudeConfig
 
 READMES = ["README.md", "README_CN.md"]
-PAGES = [*READMES, "docs/architecture.md"]
+PAGES = [*READMES, "docs/architecture.md", "docs/corpus.md"]
 FOREIGN_OPTIONS = {"repo-type", "local-dir", "dataset", "local_dir"}  # of hf and modelscope
 OWN_OPTIONS = {"help", "config", "print_config"}  # of every script
 SCRIPT_FOLDERS = ("train", "tool", "inference")

@@ -43,7 +43,11 @@ def encoders(command: str, folder: str) -> dict[str, Callable]:
         return encoded.ids, encoded.mask
 
     def decode(token: int) -> str:
-        return tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace") or tokenizer.decode([token])
+        content = tokenizer.token_bytes(token)
+        try:
+            return content.decode("utf-8") or tokenizer.decode([token])
+        except UnicodeDecodeError:  # a part of a character
+            return f"⟨{content.hex(' ')}⟩"
 
     return {"encode_text": tokenizer.encode, "encode_chat": encode_chat, "decode": decode}
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from etude.cli import option
 from etude.corpus.jsonl import Rejects, parse_line
 from etude.corpus.output import Output, inputs_of, reading, summary, tell
-from etude.corpus.parallel import in_order
 from etude.corpus.rows.documents import Batch, text_of
 from etude.corpus.rows.external import Lines, Scatter, Verdicts, changes, job
 from etude.corpus.rows.near import NearIndex, bands_of, candidate_share, rensa, signatures
+from etude.corpus.workers import in_order
 from etude.errors import DataError, UsageError
 
 KEYS = ("text", "line")

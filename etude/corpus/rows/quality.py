@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from etude.cli import option
 from etude.corpus.output import inputs_of, output_to, reading, require_kind, summary, tell
-from etude.corpus.parallel import in_order
 from etude.corpus.rows.documents import Batch, as_line, batches, parsed, require_rows, text_of
 from etude.corpus.rows.languages import SCRIPTS, count_scripts, language_guesser, main_scripts
 from etude.corpus.rows.measures import MEASURES, Texts
+from etude.corpus.workers import in_order
 from etude.errors import DataError, UsageError
 
 PRESETS: dict[str, dict[str, Any]] = {

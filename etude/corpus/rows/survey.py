@@ -16,10 +16,10 @@ from etude.cli import option
 from etude.corpus.conversations import check_order, to_messages
 from etude.corpus.jsonl import text_problem, unencodable
 from etude.corpus.output import check_output, dump, inputs_of, reading, tell
-from etude.corpus.parallel import in_order
 from etude.corpus.rows.documents import Batch, batches, is_conversation, parsed, require_rows, text_of
 from etude.corpus.rows.languages import count_scripts, language_guesser, main_scripts
 from etude.corpus.streams import create_binary
+from etude.corpus.workers import in_order
 from etude.errors import DataError, UsageError
 from etude.files import whole_file
 
