@@ -25,7 +25,14 @@ from etude.model.config import PRESETS, EtudeConfig
 
 READMES = ["README.md", "README_CN.md"]
 PAGES = [*READMES, "docs/architecture.md", "docs/corpus.md"]
-FOREIGN_OPTIONS = {"repo-type", "local-dir", "dataset", "local_dir"}  # of hf and modelscope
+FOREIGN_OPTIONS = {
+    "repo-type",
+    "local-dir",
+    "dataset",
+    "local_dir",
+    "standalone",
+    "nproc_per_node",
+}  # of hf, modelscope, torchrun
 OWN_OPTIONS = {"help", "config", "print_config"}  # of every script
 SCRIPT_FOLDERS = ("train", "tool", "inference")
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for folder in SCRIPT_FOLDERS for path in (ROOT / folder).glob("*.py"))
@@ -138,6 +145,15 @@ def test_every_command_is_one_that_its_script_accepts(page, tmp_path, monkeypatc
     assert len(found) > 20 and {script for script, *_ in found} == set(SCRIPTS)
     for script, *arguments in found:
         settings(script, *arguments)
+
+
+def test_the_walkthrough_s_commands_are_accepted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = "".join(block.code for block in blocks("docs/corpus.md") if block.language == "console").replace("\\\n", " ")
+    calls = [shlex.split(line)[2:] for line in shown.splitlines() if line.startswith("$ python ")]
+    assert len(calls) > 8
+    for script, *arguments in calls:
+        assert settings(script, *arguments) is not None
 
 
 # ---- options ----------------------------------------------------------------------------------------------------------
@@ -309,7 +325,7 @@ def tree(page: str) -> list[tuple[Path, str]]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*READMES, "docs/architecture.md"])
 def test_the_picture_of_the_folders_is_the_real_one(page):
     for path, remark in tree(page):
         assert path.exists(), path

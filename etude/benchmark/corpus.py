@@ -53,8 +53,9 @@ def corpus(config: CorpusBenchmark) -> None:
         rows = repeat_rows(config.data, folder / "rows.jsonl", megabytes)
         figures |= compare(row_tools(rows, folder), rows.stat().st_size, rounds)
         if config.memory_megabytes:
-            for tool in ("check", "merge", "filter"):
-                figures[f"{tool}, peak MiB"] = memory(tool, folder, (10, config.memory_megabytes), config.data)
+            figures |= memory(
+                ("check", "merge", "filter", "shuffle", "dedup"), folder, (10, config.memory_megabytes), config.data
+            )
     tell(figures, config.output)
 
 
@@ -125,29 +126,32 @@ def compare(programs: dict[str, Callable[[], int]], size: int, rounds: int) -> d
     }
 
 
+# A small process between, since a child's peak begins with that of the process it was forked from.
+WATCHING = """import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.exit(code)"""
+
+
 def peak_memory(arguments: list[str]) -> int:
     """Run a program to its end; the peak resident memory of its largest process in bytes (0 on Windows, which doesn't tell)."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read()
-    peak = 0
-    if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if process.wait():
-        raise DataError(
-            f"{' '.join(arguments)} ended with {process.returncode}: {errors.decode(errors='replace').strip()[-500:]}"
-        )
-    return peak
+    watched = os.name != "nt"
+    command = [sys.executable, "-c", WATCHING, *arguments] if watched else arguments
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        told = done.stderr.decode(errors="replace").strip()[-500:]
+        raise DataError(f"{' '.join(arguments)} ended with {done.returncode}: {told}")
+    return int(done.stdout) if watched else 0
 
 
-def memory(tool: str, folder: Path, sizes: tuple[int, ...], data: str) -> str:
-    """Peak MiB of a tool on inputs of ``sizes`` MB."""
-    found = []
+def memory(tools: tuple[str, ...], folder: Path, sizes: tuple[int, ...], data: str) -> dict[str, object]:
+    """Peak MiB of the tools on inputs of ``sizes`` MB."""
+    found: dict[str, list[str]] = {tool: [] for tool in tools}
     for size in sizes:
         rows = repeat_rows(data, folder / "grown.jsonl", size)
-        found.append(f"{peak_memory(command(tool, rows, folder)) / 2**20:.0f} at {size} MB")
-    return ", ".join(found)
+        for tool in tools:
+            found[tool].append(f"{peak_memory(command(tool, rows, folder)) / 2**20:.0f} at {size} MB")
+    return {f"{tool}, peak MiB": ", ".join(values) for tool, values in found.items()}
 
 
 def repeat_rows(data: str, target: Path, megabytes: int) -> Path:
