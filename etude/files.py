@@ -1,10 +1,11 @@
 """Files that appear whole or not at all."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -52,6 +53,34 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(path: str | Path) -> None:
+    """Remove the temporary files and folders of processes that were writing ``path`` and are no more: killed, they could not."""
+    path = Path(path)
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(\.\w+)?\.tmp")
+    for found in list(path.parent.iterdir()) if path.parent.is_dir() else []:
+        match = pattern.fullmatch(found.name)
+        if match and not _runs(int(match[1])):
+            if found.is_dir() and not found.is_symlink():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    found.unlink()
+
+
+def _runs(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    if os.name == "nt":  # Windows has no harmless question of this kind, but refuses to delete what a process has open
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _make_readable(path: Path) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import write_jsonl
 
-from etude.corpus.rows import external, near
+from etude.corpus.rows import near
 from etude.corpus.rows.dedup import DedupConfig, dedup, normalised
-from etude.corpus.rows.external import Lines, Scatter, Verdicts, clear_leftovers, scratch_beside
+from etude.corpus.rows.external import Lines, Scatter, Verdicts, scratch_beside
 from etude.corpus.rows.near import Groups, bands_of, candidate_share, shingles
 from etude.errors import DataError, UsageError
+from etude.files import clear_leftovers
 
 # A command as a script calls it, in a process of its own: MODULE NAME OPTIONS...
 COMMAND = """
@@ -348,9 +349,8 @@ def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     mine, living = os.getpid(), os.getppid()
-    gone = [f".out.jsonl.{dead.pid}.tmp", f".out.jsonl.{dead.pid}.ab_1.tmp", f".out.jsonl.rejected.jsonl.{dead.pid}.tmp",
-            f".out.jsonl.{mine}.tmp"]  # fmt: skip
-    stay = [f".out.jsonl.{living}.tmp", f".out.jsonl.{dead.pid}.ab.old.tmp", f".other.jsonl.{dead.pid}.tmp", "out.jsonl",
+    gone = [f".out.jsonl.{dead.pid}.tmp", f".out.jsonl.{dead.pid}.ab_1.tmp"]
+    stay = [f".out.jsonl.{living}.tmp", f".out.jsonl.{mine}.tmp", f".out.jsonl.{dead.pid}.ab.old.tmp", f".other.jsonl.{dead.pid}.tmp", "out.jsonl",
             f".out.jsonl.{dead.pid}.txt", ".out.jsonl.tmp"]  # fmt: skip
     for name in gone + stay:
         if "ab_1" in name:
@@ -358,10 +358,12 @@ def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path):
             (tmp_path / name / "file").write_text("x")
         else:
             (tmp_path / name).write_text("x")
-    clear_leftovers(str(tmp_path / "out.jsonl"))
+    clear_leftovers(tmp_path / "out.jsonl")
     assert files_in(tmp_path) == sorted(stay)
     with scratch_beside(str(tmp_path / "out.jsonl")) as scratch:
-        assert external._another_runs(living) and scratch.parent == tmp_path
+        assert scratch.parent == tmp_path and scratch.is_dir()
+        clear_leftovers(tmp_path / "out.jsonl")
+        assert scratch.is_dir()
     assert files_in(tmp_path) == sorted(stay)
 
 

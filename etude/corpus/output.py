@@ -17,7 +17,7 @@ from etude import paths
 from etude.corpus.jsonl import TEXT_SUFFIXES, Rejects, Row, find_files, kind_of, read_rows
 from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, create_binary
 from etude.errors import UsageError
-from etude.files import whole_file, whole_folder
+from etude.files import clear_leftovers, whole_file, whole_folder
 from etude.runlog import progress_bar
 
 
@@ -100,6 +100,9 @@ def output_to(
     check_output(path, inputs, force)
     target = Path(path)
     rejected_path = Path(rejected or f"{path}.rejected.jsonl") if rejected or target != PIPE else None
+    for mine in (target, rejected_path):
+        if mine is not None and mine != PIPE:
+            clear_leftovers(mine)
     with ExitStack() as stack:
         if target == PIPE:
             if shard_bytes:

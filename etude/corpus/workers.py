@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from etude.errors import DataError
@@ -38,7 +39,8 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     under_way: deque = deque()
     try:
         for item in items:
-            under_way.append(pool.submit(function, item))
+            with _no_interrupts():
+                under_way.append(pool.submit(function, item))
             if len(under_way) >= 2 * workers:
                 yield under_way.popleft().result()
         while under_way:
@@ -47,6 +49,19 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
         raise DataError("a worker process ended without a word (out of memory?); try --workers 1 to see where") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back while a worker starts, which inherits it: it would end with a traceback before it can ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:

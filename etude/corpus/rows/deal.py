@@ -16,10 +16,11 @@ from etude.corpus.output import Output, check_output, inputs_of, output_to, read
 from etude.corpus.rows.arrange import INPUT, MAX_BAD, numbers_of
 from etude.corpus.rows.dedup import check_near, each_row, tell_near
 from etude.corpus.rows.documents import Batch, text_of
-from etude.corpus.rows.external import Lines, Verdicts, clear_leftovers, scratch_beside
+from etude.corpus.rows.external import Lines, Verdicts, scratch_beside
 from etude.corpus.rows.near import NearIndex, signatures
 from etude.corpus.workers import in_order
 from etude.errors import DataError, UsageError
+from etude.files import clear_leftovers
 
 ALL_IN_ONE = 2**62  # bytes: no part ends by itself
 

@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from etude.corpus.output import Output, check_output, output_to
 from etude.corpus.rows.documents import Batch, batches
 from etude.corpus.streams import PIPE
 from etude.errors import DataError
+from etude.files import clear_leftovers
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def scratch_beside(path: str) -> Iterator[Path]:
     """
     target = _place_of(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(path)
+    clear_leftovers(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", suffix=".tmp", dir=target.parent))
     try:
         yield folder
@@ -42,36 +42,8 @@ def scratch_beside(path: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_leftovers(path: str) -> None:
-    """Remove the temporary files and folders of processes that were writing ``path`` and are no more. Call it first."""
-    target = _place_of(path)
-    pattern = re.compile(re.escape(f".{target.name}") + r"(\.rejected\.jsonl)?\.(\d+)(\.\w+)?\.tmp")
-    found = [] if not target.parent.is_dir() else list(target.parent.iterdir())
-    for file in found:
-        match = pattern.fullmatch(file.name)
-        if match and not _another_runs(int(match[2])):
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    file.unlink()
-
-
 def _place_of(path: str) -> Path:
     return Path(tempfile.gettempdir()) / "etude_pipe" if Path(path) == PIPE else Path(path)
-
-
-def _another_runs(pid: int) -> bool:
-    # Windows has no harmless question of this kind, but refuses to delete what a process has open.
-    if pid == os.getpid() or os.name == "nt":
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 class Lines:

@@ -138,7 +138,9 @@ class Wikitext:
         if not self.options.sections and "==" in text:
             text = _without_back_matter(text)
         if "[[" in text:
-            text = "".join(SIMPLE_LINK.split(text))  # the words of each link stand between the pieces; sub(r"\1") takes twice as long
+            text = "".join(
+                SIMPLE_LINK.split(text)
+            )  # the words of each link stand between the pieces; sub(r"\1") takes twice as long
         if any(token in text for token in HAS_TOKENS):
             text = self._resolve(text, title)
         if "[" in text:
