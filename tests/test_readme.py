@@ -252,6 +252,14 @@ def test_the_examples_of_data_are_read(page):
         check_order(to_messages(record))
 
 
+def test_the_tests_that_prove_reliability_exist():
+    named = set(re.findall(r"`(test_\w+)`", read("docs/reliability.md")))
+    real = {
+        name for path in (ROOT / "tests").glob("*.py") for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.M)
+    }
+    assert len(named) > 40 and named <= real, named - real
+
+
 # ---- two languages, one content ------------------------------------------------------------------------------------------
 
 

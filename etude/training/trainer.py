@@ -184,11 +184,11 @@ class Trainer:
         # Sums over thousands of tokens would overflow fp16 on the way back; a constant keeps them near 1.
         scale = 1.0 / self.tokens_per_step
         loss_sum, weight = self._sum_gradients(batch, scale)
-        if self.scaler:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         self.processes.sum_gradients(gradients)
+        if self.scaler:  # after adding up, so that all processes see an overflow and keep one scale
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
         loss_sum, weight = self.processes.sum(torch.stack((loss_sum, weight.to(loss_sum.dtype))))
         factor = 1 / (scale * weight)  # what the summed gradient still needs to become the mean's
         norm = torch.nn.utils.get_total_norm(gradients) * factor
