@@ -254,7 +254,7 @@ def test_merges_that_cannot_work_are_refused(tmp_path):
             merged(a, empty, **options)
     with pytest.raises(UsageError, match="standard input cannot be repeated"):
         MergeConfig(input=("-",), when_short="repeat")
-    with pytest.raises(DataError, match=r"empty.jsonl: holds no row to mix in"):
+    with pytest.raises(DataError, match=r"empty.jsonl: no row in it; check the input"):
         merged(a, empty, weights=("1,1",))
     assert files_in(tmp_path) == ["a.jsonl", "empty.jsonl"]
 

@@ -105,8 +105,44 @@ def test_a_system_turn_and_an_input_are_kept(tmp_path):
 
 
 def test_another_key_becomes_text(tmp_path):
-    assert converted(tmp_path, "a.jsonl", '{"id": 1, "body": "b", "text": 5}', text_key="body") == [{"text": "b", "id": 1}]
+    assert converted(tmp_path, "a.jsonl", '{"id": 1, "body": "b"}', text_key="body") == [{"text": "b", "id": 1}]
+    both = '{"id": 1, "body": "b", "text": "lost?"}'
+    with pytest.raises(DataError, match="has both 'body' and 'text'"):
+        converted(tmp_path, "a.jsonl", both, text_key="body")
+    assert converted(tmp_path, "a.jsonl", both, text_key="body", drop_keys=True) == [{"text": "b"}]
     assert converted(tmp_path, "a.jsonl", '{"id": 1, "text": "b"}', drop_keys=True) == [{"text": "b"}]
+
+
+TURNS = [{"role": "user", "content": "q", "name": "bob"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "record, key",
+    [
+        ({"messages": TURNS}, "name"),
+        ({"messages": CHAT, "input": "more"}, "input"),
+        ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, "history"),
+    ],
+)
+def test_what_a_conversation_cannot_keep_is_told_and_dropped_only_when_asked(tmp_path, record, key):
+    with pytest.raises(DataError, match=rf"has keys that a conversation here does not keep \({key}\)"):
+        converted(tmp_path, "a.jsonl", json.dumps(record))
+    (row,) = converted(tmp_path, "a.jsonl", json.dumps(record), drop_keys=True)
+    assert set(row) == {"conversations"} and set(row["conversations"][0]) == {"role", "content"}
+
+
+def test_parquet_keeps_keys_that_the_first_row_lacks_or_refuses(tmp_path):
+    pytest.importorskip("pyarrow")
+    rows = [{"text": "a"}, {"text": "b", "id": 5}, {"conversations": CHAT}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(ConvertConfig(input=(str(tmp_path / "a.jsonl"),), output=str(tmp_path / "a.parquet")))
+    convert(ConvertConfig(input=(str(tmp_path / "a.parquet"),), output=str(tmp_path / "b.jsonl")))
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == rows
+    inner = [{"text": "a", "meta": {"a": 1}}] * 1000 + [{"text": "b", "meta": {"a": 1, "b": 2}}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in inner))
+    with pytest.raises(DataError, match="row 1,001 does not fit the columns"):
+        convert(ConvertConfig(input=(str(tmp_path / "c.jsonl"),), output=str(tmp_path / "c.parquet")))
+    assert not (tmp_path / "c.parquet").exists()
 
 
 def test_rows_that_have_the_form_are_copied_byte_for_byte(tmp_path):

@@ -21,6 +21,7 @@ except ImportError:  # an extra; the standard library reads the same records, mo
     orjson = None
 
 TEXT_SUFFIXES = {".jsonl", ".txt"}
+REJECTED = ".rejected.jsonl"  # ends the name of the file that keeps what a tool left out, beside its output
 MAX_LINE_BYTES = 64 * 2**20  # one line is held in memory; a longer one is no record but a mistake
 
 
@@ -71,7 +72,7 @@ def find_files(inputs: Sequence[str | Path], suffixes: Collection[str] = TEXT_SU
         if path == PIPE:
             found.append(path)
         elif path.is_dir():
-            below = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in suffixes)
+            below = sorted(file for file in path.rglob("*") if _is_data(file, path, suffixes))
             if not below:
                 raise DataError(f"{path}: no {expected} file in this folder; name the files, or another folder")
             found += below
@@ -81,10 +82,17 @@ def find_files(inputs: Sequence[str | Path], suffixes: Collection[str] = TEXT_SU
             found.append(path)
         else:
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+            matches = [match for match in matches if not match.name.endswith(REJECTED)]
             if not matches:
                 raise DataError(f"{path}: no such file or folder; check the path")
             found += find_files(matches, suffixes)
     return list(dict.fromkeys(found))
+
+
+def _is_data(file: Path, folder: Path, suffixes: Collection[str]) -> bool:
+    """Whether a file found in a folder is meant: no hidden one, and none of the rows that a tool rejected."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.is_file() and kind_of(file) in suffixes and not hidden and not file.name.endswith(REJECTED)
 
 
 class Row(NamedTuple):
@@ -181,7 +189,11 @@ def _parse_fast(line: bytes) -> dict[str, Any] | None:
         record = orjson.loads(line)
     except ValueError:
         return None
-    if type(record) is not dict or line.count(b'":') != _count_keys(record) or b"\t" in line or b"\r" in line:
+    try:
+        keys = _count_keys(record) if type(record) is dict else -1
+    except RecursionError:
+        return None
+    if line.count(b'":') != keys or b"\t" in line or b"\r" in line:
         return None
     if b" :" in line and (b'" :' in line or b"  :" in line):
         return None

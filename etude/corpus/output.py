@@ -6,6 +6,7 @@ What a tool writes, the next one and the training stages read.
 import contextlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from etude import paths
-from etude.corpus.jsonl import TEXT_SUFFIXES, Rejects, Row, find_files, kind_of, read_rows
+from etude.corpus.jsonl import REJECTED, TEXT_SUFFIXES, Rejects, Row, find_files, kind_of, read_rows
 from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, create_binary
-from etude.errors import UsageError
+from etude.errors import DataError, StorageError, UsageError
 from etude.files import clear_leftovers, whole_file, whole_folder
 from etude.runlog import progress_bar
+
+SHARD = re.compile(r"\d{5,}\.jsonl|\..*")  # what a folder of shards may hold when it is overwritten; hidden files too
 
 
 def dump(record: dict[str, Any]) -> bytes:
@@ -32,6 +35,7 @@ class Output:
     def __init__(self, open_shard: Callable[[int], IO[bytes]], shard_bytes: int, open_rejected: Callable[[], IO[bytes]] | None):
         self.kept = self.kept_bytes = 0  # rows, and bytes of their lines
         self.reasons: Counter[str] = Counter()  # rejected rows by reason
+        self.examples: list[str] = []  # the first of them, where no file keeps them
         self._open_shard, self._shard_bytes, self._shards = open_shard, shard_bytes, 0
         self._file: IO[bytes] | None = None
         self._room = 0
@@ -54,6 +58,8 @@ class Output:
     def reject(self, place: str, reason: str, line: bytes, kind: str = "") -> None:
         """Set a row aside, with its reason; counted under ``kind``, by default the reason itself."""
         self.reasons[kind or reason] += 1
+        if self._open_rejected is None and len(self.examples) < 5:
+            self.examples.append(f"{place}: {reason}")
         if self._open_rejected is not None:
             if self._rejected is None:
                 self._rejected = self._open_rejected()
@@ -97,9 +103,11 @@ def output_to(
     when the block ends well. Raises :class:`UsageError` if ``path`` exists, unless ``force``, or is one of the inputs.
     ``create(path, like)`` opens the file for the rows, as :func:`create_binary` does.
     """
-    check_output(path, inputs, force)
+    check_output(path, inputs, force, folder=bool(shard_bytes))
     target = Path(path)
-    rejected_path = Path(rejected or f"{path}.rejected.jsonl") if rejected or target != PIPE else None
+    rejected_path = Path(rejected or rejected_beside(path)) if rejected or target != PIPE else None
+    if rejected_path is not None:
+        check_output(str(rejected_path), inputs, force)
     for mine in (target, rejected_path):
         if mine is not None and mine != PIPE:
             clear_leftovers(mine)
@@ -138,8 +146,13 @@ def _close_quietly(output: Output) -> None:
                 file.close()
 
 
-def check_output(path: str, inputs: Sequence[Path] = (), force: bool = False) -> None:
-    """Raise :class:`UsageError` where writing to ``path`` would lose something or cannot work."""
+def rejected_beside(path: str) -> str:
+    """Where rejected rows go that belong to the output ``path``."""
+    return f"{path}{REJECTED}"
+
+
+def check_output(path: str, inputs: Sequence[Path] = (), force: bool = False, folder: bool = False) -> None:
+    """Raise :class:`UsageError` where writing to ``path``, a file or a ``folder`` of shards, would lose something or cannot work."""
     if not path:
         raise UsageError("name an --output (- is standard output)")
     if "\0" in path:
@@ -152,8 +165,18 @@ def check_output(path: str, inputs: Sequence[Path] = (), force: bool = False) ->
             raise UsageError(f"{path}: is an input as well; choose another --output")
         if target.is_dir() and target.resolve() in file.resolve().parents:
             raise UsageError(f"{path}: holds the input {file}; choose another --output")
+    if target.is_dir() and not folder:
+        raise UsageError(f"{path}: is a folder; name a file in it")
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise UsageError(f"{path}: is no ordinary file, and would be replaced by one; write to - and redirect it there")
     if (target.exists() or target.is_symlink()) and not force:
         raise UsageError(f"{path}: exists already; choose another --output, or overwrite it with --force")
+    if target.is_dir() and (others := sorted(file.name for file in target.iterdir() if not SHARD.fullmatch(file.name))):
+        raise UsageError(f"{path}: holds other things than shards ({others[0]}), which would be lost; choose another --output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{target.parent}: this folder cannot be made ({error.strerror}); choose another --output") from None
 
 
 def require_kind(path: str, kinds: Sequence[str]) -> None:
@@ -173,10 +196,15 @@ def reading(what: str, files: Sequence[Path]) -> Iterator[Any]:
 
 def rows_of(files: Sequence[Path], rejects: Rejects, bar: Any = None) -> Iterator[Row]:
     """The rows of JSONL files, one after the other."""
+    count, bad = 0, len(rejects.reasons)
     for path in files:
         if kind_of(path) != ".jsonl":
             raise UsageError(f"{path}: expected .jsonl; make some of it with process_jsonl.py convert")
-        yield from read_rows(path, rejects, bar)
+        for row in read_rows(path, rejects, bar):
+            count += 1
+            yield row
+    if not count and len(rejects.reasons) == bad:
+        raise DataError(f"{', '.join(map(str, files[:3]))}: no row in it; check the input")
 
 
 def inputs_of(names: Sequence[str], suffixes: Collection[str] = TEXT_SUFFIXES) -> list[Path]:
@@ -202,3 +230,5 @@ def summary(output: Output, path: str) -> None:
         tell(f"left out  {rejected:,} rows{where}")
         for reason, count in output.reasons.most_common():
             tell(f"          {count:>12,}  {reason}")
+        for example in output.examples:
+            tell(f"          {example}")

@@ -32,6 +32,8 @@ def open_binary(path: Path, bar: Any = None) -> IO[bytes]:
     ``bar``, if given, is a progress bar that counts the bytes as they lie on the disk.
     """
     if path == PIPE:
+        if sys.stdin is None:
+            raise UsageError("there is no standard input to read; name the files")
         return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False), READ_BYTES)
     raw = io.BufferedReader(_Metered(path, bar) if bar is not None else io.FileIO(path), READ_BYTES)
     try:

@@ -45,6 +45,8 @@ def convert(config: ConvertConfig) -> int:
     """
     files = inputs_of(config.input, KINDS)
     require_kind(config.output or "-", [".jsonl", ".parquet"])
+    if kind_of(Path(config.output)) == ".parquet" and not config.output.lower().endswith(".parquet"):
+        raise UsageError(f"output ({config.output}): Parquet is compressed inside; let the name end in .parquet")
     create = ParquetLines if kind_of(Path(config.output)) == ".parquet" else create_binary
     with output_to(config.output, files, config.force, create=create) as output, reading("convert", files) as bar:
         rejects = output.rejects(config.max_bad)
@@ -68,6 +70,8 @@ def in_one_form(record: dict[str, Any], text_key: str, drop_keys: bool) -> dict[
     if text is None and is_conversation(record):
         messages = to_messages(record)
         check_order(messages)
+        if not drop_keys and (lost := _lost_keys(record)):
+            raise DataError(f"has keys that a conversation here does not keep ({', '.join(sorted(lost))}); use --drop_keys")
         for message in messages:
             if problem := unencodable(message["content"]):
                 raise DataError(problem)
@@ -75,8 +79,23 @@ def in_one_form(record: dict[str, Any], text_key: str, drop_keys: bool) -> dict[
         return {"conversations": messages, **others}
     if problem := text_problem(text, text_key, record):
         raise DataError(problem)
+    if text_key != "text" and "text" in record and not drop_keys:
+        raise DataError(f"has both {text_key!r} and 'text', which it would replace; use --drop_keys")
     others = {} if drop_keys else {key: value for key, value in record.items() if key not in (text_key, "text")}
     return {"text": text, **others}
+
+
+def _lost_keys(record: dict[str, Any]) -> set[str]:
+    """Keys of a conversation's record that its messages do not take up, though they belong to the dialect."""
+    if "instruction" in record and "output" in record:
+        used = {"instruction", "input", "output", "system"}
+        return {key for key in DIALECT_KEYS if key in record} - used | (
+            {"history"} & record.keys() if record.get("history") else set()
+        )
+    turns = record.get("conversations", record.get("messages"))
+    in_turns = {key for turn in turns for key in turn} - {"role", "content", "from", "value"}
+    one = "conversations" if "conversations" in record else "messages"
+    return in_turns | {key for key in DIALECT_KEYS if record.get(key)} - {one, "system"}
 
 
 def records_of(path: Path, rejects: Rejects, text_unit: str, bar: Any) -> Iterator[Parsed]:
@@ -196,6 +215,9 @@ class ParquetLines:
     def _flush(self) -> None:
         records, self._records = self._records, []
         schema = self._writer.schema if self._writer else None
+        if schema is None:  # pyarrow would take the first row's keys for all
+            keys = list(dict.fromkeys(key for record in records for key in record))
+            records = [{key: record.get(key) for key in keys} for record in records]
         if schema is not None and (extra := unknown_keys(records, schema.names)):
             raise DataError(
                 f"a row below row {self._rows:,} has the key {extra!r}, which those above have not; use --drop_keys"
@@ -205,6 +227,11 @@ class ParquetLines:
         except self._pyarrow.ArrowException as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"rows {self._rows + 1:,} to {self._rows + len(records):,} fit no columns ({reason})") from None
+        for number, (kept, record) in enumerate(zip(table.to_pylist(), records, strict=True), self._rows + 1):
+            if _without_nothing(kept) != _without_nothing(record):
+                raise DataError(
+                    f"row {number:,} does not fit the columns of those above (an inner key or a type); write .jsonl"
+                )
         if self._writer is None:
             self._writer = self._parquet.ParquetWriter(self._file, table.schema, compression="zstd")
         self._writer.write_table(table)
@@ -218,6 +245,13 @@ class ParquetLines:
             if self._writer is not None:
                 self._writer.close()
             self._file.close()
+
+
+def _without_nothing(value: Any) -> Any:
+    """A JSON value without the keys whose value is null: Parquet makes no difference between null and nothing."""
+    if isinstance(value, dict):
+        return {key: _without_nothing(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
 
 
 def unknown_keys(records: Iterable[dict[str, Any]], names: Iterable[str]) -> str:

@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 
 from etude.cli import option
 from etude.corpus.jsonl import parse_line
-from etude.corpus.output import Output, check_output, inputs_of, output_to, reading, rows_of, summary, tell
+from etude.corpus.output import (
+    Output,
+    check_output,
+    inputs_of,
+    output_to,
+    reading,
+    rejected_beside,
+    require_kind,
+    rows_of,
+    summary,
+    tell,
+)  # fmt: skip
 from etude.corpus.rows.arrange import INPUT, MAX_BAD, numbers_of
 from etude.corpus.rows.dedup import check_near, each_row, tell_near
 from etude.corpus.rows.documents import Batch, text_of
@@ -79,7 +90,10 @@ def split(config: SplitConfig) -> None:
 @contextmanager
 def _outputs(names: Sequence[str], inputs: Sequence[Path], force: bool) -> Iterator[list[Output]]:
     """An :class:`Output` for each name. All appear when the block ends well, else none; rejected rows go to the first's."""
+    if rejected_beside(names[0]) in names:
+        raise UsageError(f"{rejected_beside(names[0])}: is where rejected rows go; choose another --output")
     for name in names:
+        require_kind(name, [".jsonl"])
         check_output(name, inputs, force)
         clear_leftovers(name)
     with ExitStack() as stack:
@@ -91,7 +105,7 @@ def _outputs(names: Sequence[str], inputs: Sequence[Path], force: bool) -> Itera
 
 def _cut(files: Sequence[Path], config: SplitConfig) -> None:
     (name,) = config.output
-    check_output(name, files, config.force)
+    check_output(name, files, config.force, folder=True)
     clear_leftovers(name)
     with (
         output_to(name, files, config.force, shard_bytes=config.bytes or ALL_IN_ONE) as output,

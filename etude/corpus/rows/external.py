@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from etude.corpus.output import Output, check_output, output_to
+from etude.corpus.output import Output, check_output, output_to, require_kind
 from etude.corpus.rows.documents import Batch, batches
 from etude.corpus.streams import PIPE
 from etude.errors import DataError
@@ -21,6 +21,7 @@ from etude.files import clear_leftovers
 @contextmanager
 def job(path: str, inputs: Sequence[Path], force: bool) -> Iterator[tuple[Output, Path]]:
     """An :class:`Output` into ``path``, as :func:`output_to` makes it, and a scratch folder on the same disk."""
+    require_kind(path or "-", [".jsonl"])
     check_output(path, inputs, force)
     with scratch_beside(path) as scratch, output_to(path, inputs, force) as output:
         yield output, scratch
