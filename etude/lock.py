@@ -1,8 +1,11 @@
 """One process a folder: two that write the same files would destroy each other's."""
 
+import contextlib
+import errno
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +35,7 @@ class FolderLock:
     def __enter__(self) -> "FolderLock":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+", encoding="utf-8")
+        told = False
         while not _locked(self._file):
             self.waited = True
             if not self._wait:
@@ -41,6 +45,9 @@ class FolderLock:
                     f"{paths.typed(self.path.parent)}: another run is training into it ({holder}); wait for it, stop it, "
                     "or choose another --output"
                 )
+            if not told:
+                told = True
+                print(f"waiting   for {self._holder()}, who is at work on the same", flush=True)
             time.sleep(POLL_SECONDS)
         self._file.seek(0)
         self._file.truncate()
@@ -53,6 +60,7 @@ class FolderLock:
         # The file stays: deleting it would let a third process lock a new one while a second holds the old.
         self._file.seek(0)
         self._file.truncate()
+        _unlock(self._file)  # closing alone would leave it to a child that was forked meanwhile
         self._file.close()
 
     def _holder(self) -> str:
@@ -65,7 +73,7 @@ class FolderLock:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Lock an open file for this process alone; False if another has it."""
+    """Lock an open file for this process alone; False if another has it. Where the file system knows no locks, True."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -76,6 +84,21 @@ def _locked(file: IO[str]) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        print(f"warning: {file.name}: cannot be locked ({error.strerror}); see that no second run writes here", file=sys.stderr)
     return True
+
+
+def _unlock(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(2**20)
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_UN)

@@ -104,7 +104,9 @@ class Processes:
 
         timeout = timedelta(seconds=self.timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+        # NCCL's own watchdog ends the process without a word to the person, so it comes second.
+        longer = 2 * timeout if backend == "nccl" else timeout
+        dist.init_process_group(backend, timeout=longer, device_id=device if backend == "nccl" else None)
         self._control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
         try:
             yield

@@ -84,14 +84,17 @@ class Batches:
         try:
             numbers = self.numbers(step)[self.processes.rows(self.batch_size)]
             arrays = self.samples.load(numbers)
-        except Exception as error:  # a damaged store, a vanished disk: whatever it is, say which samples it was
-            raise DataError(
-                f"step {step + 1}: its samples cannot be read ({type(error).__name__}: {error}): {self.describe(step)}"
-            ) from error
-        if self.left_out:
-            for row, number in enumerate(numbers):
+            for row, number in enumerate(numbers if self.left_out else []):
                 if any(self.left_out.get(document, step) < step for document in self.samples.documents(number)):
                     arrays["labels"][row] = IGNORED  # the whole row: what it holds beside them is not told apart
+        except Exception as error:  # a damaged store, a vanished disk: whatever it is, say which samples it was
+            try:
+                samples = self.describe(step)
+            except Exception:  # out of the same store
+                samples = f"numbers {', '.join(map(str, self.numbers(step)))}"
+            raise DataError(
+                f"step {step + 1}: its samples cannot be read ({type(error).__name__}: {error}): {samples}"
+            ) from error
         return as_tensors(arrays)
 
 

@@ -101,8 +101,10 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self._thread.shutdown(wait=True)  # a run that ends with an error keeps the checkpoint that was under way
+        if kind is not None and self._writing is not None and (error := self._writing.exception()):
+            print(f"warning: the last checkpoint was not written: {error}", file=sys.stderr, flush=True)
 
 
 def load(path: str | Path) -> Checkpoint:

@@ -124,6 +124,8 @@ class TrainingConfig:
             raise UsageError(f"epochs ({self.epochs}) must be greater than 0, and finite")
         if not 0 < self.epsilon < math.inf:
             raise UsageError(f"epsilon ({self.epsilon}) must be greater than 0")
+        if not self.collective_timeout > 0:
+            raise UsageError(f"collective_timeout ({self.collective_timeout}) must be greater than 0")
         if not self.spike_factor > 1:
             raise UsageError(f"spike_factor ({self.spike_factor}) must be greater than 1")
         if self.skip_spikes and self.rewind_on_spike:

@@ -118,10 +118,11 @@ class Trainer:
         with StopSignals(self.processes) as stop, self.saver, ThreadPoolExecutor(1, "batches") as loader:
             if self.validation_pending:
                 self._validate(stop)
+                self._save()  # it is made up for: neither the next start nor a rewind is to do it again
                 self._leave_if_asked(stop)
             if self.step < self.steps:
-                if self.config.rewind_on_spike and self.step == 0:
-                    self._save()  # something to go back to
+                if self.config.rewind_on_spike:
+                    self._save()  # something of this very run to go back to
                 self._loop(loader, stop)
             self.saver.wait()
         self._finish()
@@ -137,6 +138,13 @@ class Trainer:
                 upcoming = loader.submit(self.batches.at, self.step + 1)
             try:
                 metrics = {} if self.spikes.is_quarantined(self.step) else self._optimizer_step(batch)
+            except RuntimeError as error:  # beside the gradients, which see to it themselves: the optimizer's first step, say
+                if not _is_out_of_memory(error):
+                    raise
+                raise UsageError(
+                    f"step {self.step + 1}: out of memory in the optimizer; set a lower --micro_batch_size than {self.micro_batch_size}, "
+                    "or a smaller model. Checkpoints are intact"
+                ) from error
             except SpikeFound as spike:
                 metrics = {}
                 if self._went_back(spike):
@@ -219,7 +227,8 @@ class Trainer:
         if weight == 0 and self.spikes.quarantine:  # all its rows are left out
             self._forget_gradients()
             return False
-        if not self.scaler or torch.isfinite(norm):  # an overflow of fp16 is the scaler's affair
+        overflow = self.scaler is not None and torch.isfinite(loss_sum) and not torch.isfinite(norm)
+        if not overflow:  # one of fp16 is the scaler's affair
             try:
                 self.spikes.require_none(float(loss_sum / weight), float(norm))
             except SpikeFound:
@@ -230,6 +239,10 @@ class Trainer:
     def _forget_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if self.scaler:  # it would take the next step's unscaling for a second one of this step's
+            scale = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.device.type)
+            self.scaler.load_state_dict(scale)
 
     def _went_back(self, spike: SpikeFound) -> bool:
         """Answer a spike as the config says: skip the step (False), or go back to the last checkpoint (True)."""
@@ -307,6 +320,8 @@ class Trainer:
         if self.val is None:
             return
         self.validation_pending = True
+        if stop.asked:
+            return  # there may be only seconds left to save in; it is made up for after resuming
         result = evaluate_loss(
             self.model, self.val, self.device, self.precision, self.loss,
             batch_size=self.eval_batch_size,
@@ -370,6 +385,7 @@ class Trainer:
             "identity": self.identity,
             "settings": free_settings(self.config),
         }
+        self.saver.wait()  # before copying: one copy at a time
         self.saver.save(checkpoint.snapshot(state, self.model, self.optimizers))
 
     def _save_model(self, folder: str) -> None:
@@ -472,8 +488,9 @@ class Trainer:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # A CPU's allocator raises no error class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # A CPU's and Metal's allocators raise no error class of their own, nor does cuBLAS.
+    signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
