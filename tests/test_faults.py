@@ -1,5 +1,6 @@
 """What happens to runs on shared and borrowed machines: two at once, too little memory or disk, data that cannot be read."""
 
+import errno
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from test_trainer import asking_to_stop, assert_same, in_child, make, metrics, n
 from etude.errors import DataError, Interrupted, MismatchError, StorageError, UsageError, VerificationError
 from etude.lock import FolderLock
 from etude.losses import IGNORED, Loss, causal_lm_loss
-from etude.training import checkpoint
+from etude.training import checkpoint, trainer
 
 # ---- two runs, one folder -----------------------------------------------------------------------------------------------
 
@@ -410,3 +411,103 @@ def test_without_spikes_the_options_change_nothing(make, tmp_path):  # noqa: F81
 def test_both_answers_to_a_spike_at_once_are_refused(make):  # noqa: F811
     with pytest.raises(UsageError, match="two answers to one thing"):
         make("run", skip_spikes=1, rewind_on_spike=1)
+
+
+def with_fp16_scaler(run):
+    """``run`` as on a GPU of before bf16: with a gradient scaler, here the CPU's."""
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    run.health._scaled = True
+    return run
+
+
+@pytest.mark.parametrize("factor", [1e3, float("nan")])
+@pytest.mark.parametrize("option", ["skip_spikes", "rewind_on_spike"])
+def test_with_a_gradient_scaler_spikes_are_answered_too(make, tmp_path, option, factor):  # noqa: F811
+    with_fp16_scaler(spiking(make("run", **{option: 1}, **LONG), 25, factor=factor)).run()
+    found = checkpoint.newest_good(tmp_path / "run").state["spikes"]
+    assert found["skipped" if option == "skip_spikes" else "quarantine"]
+
+
+def test_from_a_checkpoint_of_elsewhere_a_run_goes_back_to_that_and_no_other(make, tmp_path):  # noqa: F811
+    settings = {"rewind_on_spike": 1, **LONG}
+    for name, step, rate in (("a", 12, 0.02), ("b", 4, 0.001)):  # the second is an older, unrelated run's folder
+        with pytest.raises(Interrupted):
+            make(name, loss=asking_to_stop(step), learning_rate=rate, **settings).run()
+    start = checkpoint.newest_good(tmp_path / "a").path
+    run = spiking(make("b", resume=str(start), **settings), 19, factor=float("nan"))
+    taken, take = [], run._take
+    run._take = lambda found: (taken.append((found.step, found.state["identity"]["learning_rate"])), take(found))
+    run.run()
+    assert taken == [(12, 0.02), (12, 0.02)]
+
+
+def test_a_validation_that_was_made_up_for_is_so_after_going_back_as_well(make, tmp_path, monkeypatch):  # noqa: F811
+    settings = {"rewind_on_spike": 1, **LONG}
+    spiking(make("whole", **settings), 28).run()
+    evaluate = trainer.evaluate_loss
+    run = make("run", **settings)
+    stopping = lambda *a, **k: (run.step == 20 and os.kill(os.getpid(), signal.SIGTERM), evaluate(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(trainer, "evaluate_loss", stopping)
+    with pytest.raises(Interrupted):
+        run.run()
+    monkeypatch.setattr(trainer, "evaluate_loss", evaluate)
+    assert checkpoint.newest_good(tmp_path / "run").state["validation_pending"]
+    again = spiking(make("run", **settings), 28)
+    step = again._optimizer_step
+    again._optimizer_step = lambda batch: (again.step == 32 and os.kill(os.getpid(), signal.SIGTERM), step(batch))[1]
+    with pytest.raises(Interrupted):
+        again.run()
+    assert not checkpoint.newest_good(tmp_path / "run").state["validation_pending"]
+    spiking(make("run", **settings), 28).run()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_out_of_memory_in_the_optimizer_is_told_as_such(make):  # noqa: F811
+    run = make("run", auto_micro_batch=True)
+
+    def first_step():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run.optimizers[0].step = first_step
+    with pytest.raises(UsageError, match="step 1: out of memory in the optimizer"):
+        run.run()
+
+
+def test_an_error_of_a_save_is_told_even_when_something_else_ends_the_run(make, monkeypatch, capfd):  # noqa: F811
+    write = checkpoint.write
+
+    def failing(run, taken, keep):
+        if taken.state["step"] == 4:
+            time.sleep(0.2)
+            raise StorageError("model.safetensors: the disk is full")
+        return write(run, taken, keep)
+
+    monkeypatch.setattr(checkpoint, "write", failing)
+    with pytest.raises(VerificationError):
+        spiking(make("run", save_every=4), 6, factor=float("nan")).run()
+    assert "warning: the last checkpoint was not written: model.safetensors: the disk is full" in capfd.readouterr().err
+
+
+def test_a_file_system_without_locks_is_warned_of_and_used(make, monkeypatch, capfd):  # noqa: F811
+    fcntl = pytest.importorskip("fcntl")
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    make("run").run()
+    assert "cannot be locked (Function not implemented)" in capfd.readouterr().err
+
+
+def test_a_lock_is_free_when_it_is_given_back_though_a_child_holds_its_file(tmp_path):
+    with FolderLock(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+    try:
+        with FolderLock(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

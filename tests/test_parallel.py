@@ -9,12 +9,13 @@ import traceback
 
 import pytest
 import torch
+from test_faults import LONG, spiking
 from test_trainer import asking_to_stop, assert_same, make, metrics, no_waiting, one_thread, outcome  # noqa: F401
 
 from etude.errors import EtudeError, Interrupted
 from etude.losses import causal_lm_loss
 from etude.parallel import Processes
-from etude.training import checkpoint
+from etude.training import checkpoint, trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
 TWO = {"batch_size": 6, "dropout": 0.0}
@@ -181,3 +182,69 @@ def test_a_process_that_dies_is_told_by_the_others_and_nothing_is_lost(make, tmp
     assert "rank 0 of 2, after step 5" in capfd.readouterr().err
     assert in_processes(2, lambda rank: make("run", **settings).run()) == [0, 0]
     assert_same(tmp_path / "run", {name: outcome(tmp_path / "whole")[name] for name in ("tensors", "model.safetensors")})
+
+
+def test_two_processes_go_back_from_spikes_together(make, tmp_path):  # noqa: F811
+    settings = {**TWO, "micro_batch_size": 3, "rewind_on_spike": 2, **LONG}
+    spiking(make("one", **settings), 28, 33).run()
+    assert in_processes(2, lambda rank: spiking(make("two", **settings), 28, 33).run()) == [0, 0]
+    assert_same(tmp_path / "two", outcome(tmp_path / "one"))
+
+
+def test_a_finished_run_and_a_named_checkpoint_do_in_two_processes_what_they_do_in_one(make, tmp_path):  # noqa: F811
+    assert in_processes(2, lambda rank: make("run", **TWO).run()) == [0, 0]
+    assert in_processes(2, lambda rank: make("run", **TWO).run()) == [0, 0]
+    assert in_processes(2, lambda rank: make("run", resume="never", **TWO).run()) == [0, 0]
+    first = checkpoint.found_in(tmp_path / "run")[-1]
+    assert in_processes(2, lambda rank: make("run", resume=str(first), **TWO).run()) == [0, 0]
+
+
+def test_told_to_stop_while_validating_two_processes_save_and_make_up_for_it(make, tmp_path):  # noqa: F811
+    settings = {**TWO, "micro_batch_size": 3, "save_every": 100}
+    make("whole", **settings).run()
+
+    def body(rank):
+        run, evaluate = make("run", **settings), trainer.evaluate_loss
+
+        def interrupted(*arguments, **options):
+            if run.step == 4 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*arguments, **options)
+
+        trainer.evaluate_loss = interrupted
+        run.run()
+
+    assert in_processes(2, body) == [75, 75]
+    assert in_processes(2, lambda rank: make("run", **settings).run()) == [0, 0]
+    assert_same(
+        tmp_path / "run", {name: outcome(tmp_path / "whole")[name] for name in ("tensors", "model.safetensors", "metrics")}
+    )
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("what", ["samples", "memory"])
+def test_an_error_in_one_process_lets_the_other_leave(make, tmp_path, who, what):  # noqa: F811
+    def body(rank):
+        run = make("run", **TWO, save_every=2)
+        if rank == who and what == "samples":
+            load, bad = run.batches.samples.load, run.batches.numbers(4)[run.processes.rows(6)]
+
+            def failing(numbers):
+                if list(numbers) == bad:
+                    raise OSError(5, "Input/output error")
+                return load(numbers)
+
+            run.batches.samples.load = failing
+        elif rank == who:
+
+            def loss(model, batch):
+                if run.step == 4:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return causal_lm_loss(model, batch)
+
+            run.step_loss = loss
+        run.run()
+
+    codes = in_processes(2, body, seconds=30)
+    assert codes[who] == {"samples": 65, "memory": 2}[what] and codes[1 - who] == 75
+    assert checkpoint.newest_good(tmp_path / "run").step in (2, 4)
