@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Workers of a parallel run share the cores; more threads than cores make tiny models slower, not faster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Started in the background of a shell, a process ignores Ctrl-C, and so would all that the tests start to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

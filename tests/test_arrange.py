@@ -402,6 +402,6 @@ def test_memory_does_not_grow_with_the_input(many_rows, tmp_path, arguments):  #
     large = tmp_path / "large.jsonl"
     large.write_bytes(many_rows.read_bytes() * 12)
     small, big = (
-        peak_memory(*arguments, "--input", path, "--output", tmp_path / "out", "--force") for path in (many_rows, large)
+        peak_memory(*arguments, "--input", path, "--output", tmp_path / "out.jsonl", "--force") for path in (many_rows, large)
     )
     assert big - small < 8 * 2**20 < os.path.getsize(large) / 3
