@@ -53,7 +53,9 @@ class TrainingConfig:
     micro_batch_size: int | None = option(
         None, "sequences per forward pass (default: what 32,768 tokens hold); same result, less memory"
     )
-    auto_micro_batch: bool = option(False, "out of memory: halve micro_batch_size and go on, with the same gradient (but for dropout)")
+    auto_micro_batch: bool = option(
+        False, "out of memory: halve micro_batch_size and go on, with the same gradient (but for dropout)"
+    )
     epochs: float = option(3.0, "passes over the data")
     max_steps: int | None = option(None, "optimizer steps; takes the place of epochs")
 
