@@ -50,10 +50,12 @@ def evaluate_loss(
     max_tokens: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
+    together: bool = False,
 ) -> LossResult:
     """The loss over ``samples``; with ``max_tokens`` over evenly spaced ones that hold about so many places.
 
     Several ``processes`` share the batches; the sums are added in the batches' order, so their number changes no bit.
+    With ``together`` all compute equally often, as a model that is divided over them needs.
     """
     processes = processes or Processes()
     count = len(samples)
@@ -65,16 +67,20 @@ def evaluate_loss(
     was_training = model.training
     model.eval()
     try:
-        for index, start in enumerate(starts):
+        for first in range(0, len(starts), processes.count):
             if should_stop():
                 break
-            if index % processes.count != processes.rank:
+            index = first + processes.rank
+            mine = index < len(starts)
+            if not (mine or together):
                 continue
+            start = starts[index if mine else 0]
             batch = to_device(as_tensors(samples.load(numbers[start : start + batch_size])), device)
             with autocast(device, precision):
                 result = loss(model, batch)
-            sums[0, index] = result.sum.cpu().double()  # in this order: Metal has no fp64
-            sums[1, index] = int(result.weight)
+            if mine:
+                sums[0, index] = result.sum.cpu().double()  # in this order: Metal has no fp64
+                sums[1, index] = int(result.weight)
     finally:
         model.train(was_training)
     sums = processes.sum(sums.to(device) if device.type == "cuda" else sums).cpu()

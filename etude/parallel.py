@@ -5,16 +5,19 @@ On a CPU two processes reach the very bits of one that takes the two halves as m
 """
 
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
-from etude.errors import Interrupted, PeerLost, UsageError
+from etude.errors import Interrupted, PeerLost, StorageError, UsageError
 
 BUCKET_ELEMENTS = 2**26  # gradients are sent in pieces of a quarter GiB, so that a second copy of all is not needed
+FAILED = "etude/failed"  # where the store keeps what went wrong in one process
 
 
 class Processes:
@@ -27,6 +30,8 @@ class Processes:
         self.rank, self.count, self.timeout_seconds = rank, count, timeout_seconds
         self._step = 0
         self._control = None  # a gloo group beside NCCL's
+        self._counts: Counter[tuple[str, str, int]] = Counter()  # messages by kind, subject and rank
+        self._lost = False  # a collective failed: nobody is going to answer
 
     @property
     def is_first(self) -> bool:
@@ -94,6 +99,54 @@ class Processes:
         """Wait until all are here."""
         self.from_first(lambda: "")
 
+    # -- messages, for other threads than the one that trains: their collectives would mix with its own -----------------------
+
+    def tell(self, subject: str, text: str) -> None:
+        """Leave ``text`` for the others: the n-th on a subject is what they hear when they listen for the n-th time."""
+        if self.count > 1:
+            self._store().set(self._key("told", subject, self.rank), text)
+
+    def heard(self, subject: str, rank: int = 0) -> str:
+        """Wait for what process ``rank`` tells. Raises :class:`PeerLost` if that is nothing, and :class:`StorageError` if a
+        process failed in :meth:`failing_together`.
+        """
+        key = self._key("heard", subject, rank)
+        end = time.monotonic() + self.timeout_seconds
+        try:
+            while not self._store().check(
+                [key]
+            ):  # asked, not awaited: waiting would keep the store from the thread that trains
+                if self._store().check([FAILED]):
+                    raise StorageError(self._store().get(FAILED).decode())
+                if self._lost or time.monotonic() > end:
+                    raise RuntimeError("nothing heard")
+                time.sleep(0.01)
+            return self._store().get(key).decode()
+        except RuntimeError as error:
+            raise PeerLost(
+                f"rank {self.rank} of {self.count}, after step {self._step}: no word of rank {rank}'s {subject} within "
+                f"{self.timeout_seconds:g} s, or the connection broke. Start it again, and it goes on from the last checkpoint"
+            ) from error
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Have an error in here end the waiting of the others as well, with that error."""
+        try:
+            yield
+        except Exception as error:
+            if self.count > 1 and not isinstance(error, PeerLost):
+                with suppress(RuntimeError):  # who keeps the store is gone
+                    if self._store().check([FAILED]):  # so this error comes of that one
+                        raise StorageError(self._store().get(FAILED).decode()) from error
+                    self._store().set(FAILED, f"rank {self.rank} of {self.count}: {error}")
+            raise
+
+    def _key(self, kind: str, subject: str, rank: int) -> str:
+        self._counts[kind, subject, rank] += 1
+        return f"etude/{subject}/{rank}/{self._counts[kind, subject, rank]}"
+
+    # -- being connected ------------------------------------------------------------------------------------------------------
+
     @contextmanager
     def together(self, device: torch.device) -> Iterator[None]:
         """While open, the processes are connected. Raises :class:`PeerLost` when one of them stops answering."""
@@ -109,7 +162,8 @@ class Processes:
         dist.init_process_group(backend, timeout=longer, device_id=device if backend == "nccl" else None)
         self._control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
         try:
-            yield
+            with self.watching():
+                yield
         except Interrupted:  # all of them, after the same step
             dist.destroy_process_group()
             raise
@@ -120,15 +174,29 @@ class Processes:
             dist.destroy_process_group()
 
     @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Tell of a lost process as :meth:`together` does, where the collectives are not made here but by a divided model."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not _is_of_the_connection(error):
+                raise
+            raise self._peer_lost("in a collective of the divided model") from error
+
+    @contextmanager
     def _telling(self, doing: str) -> Iterator[None]:
         """Turn a collective's timeout or broken connection into one line that names who is missing."""
         try:
             yield
         except RuntimeError as error:
-            raise PeerLost(
-                f"rank {self.rank} of {self.count}, after step {self._step}, {doing}: no answer within {self.timeout_seconds:g} s, "
-                f"or the connection broke; {self._whereabouts()}. Start it again, and it goes on from the last checkpoint"
-            ) from error
+            raise self._peer_lost(doing) from error
+
+    def _peer_lost(self, doing: str) -> PeerLost:
+        self._lost = True
+        return PeerLost(
+            f"rank {self.rank} of {self.count}, after step {self._step}, {doing}: no answer within {self.timeout_seconds:g} s, "
+            f"or the connection broke; {self._whereabouts()}. Start it again, and it goes on from the last checkpoint"
+        )
 
     def _whereabouts(self) -> str:
         """Where the others were seen last."""
@@ -164,6 +232,11 @@ def local_device(name: str) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return name
+
+
+def _is_of_the_connection(error: RuntimeError) -> bool:
+    # gloo raises no class of its own.
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

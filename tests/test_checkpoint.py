@@ -27,10 +27,12 @@ from etude.losses import causal_lm_loss
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.training import checkpoint
-from etude.training.checkpoint import FILES, MANIFEST, found_in, load, newest_good, prune, restore, set_aside, snapshot, write
+from etude.training.checkpoint import MANIFEST, found_in, load, newest_good, prune, restore, set_aside, snapshot, write
 from etude.training.config import PretrainConfig
 from etude.training.optim import make_optimizers
 from etude.weights import load_model, save_model
+
+FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 KILLED = 42  # exit code of a child that a test ended
 

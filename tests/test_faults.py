@@ -138,10 +138,10 @@ def test_killed_while_a_checkpoint_is_under_way_the_one_before_it_is_loaded(make
 def test_an_error_of_the_disk_ends_the_run_at_the_next_save_and_keeps_the_checkpoint_before(make, tmp_path, monkeypatch):  # noqa: F811
     write = checkpoint.write
 
-    def failing(run, taken, keep):
+    def failing(run, taken, keep, processes):
         if taken.state["step"] == 4:
             raise StorageError("model.safetensors: cannot be written (No space left on device); free some space")
-        return write(run, taken, keep)
+        return write(run, taken, keep, processes)
 
     monkeypatch.setattr(checkpoint, "write", failing)
     run = make("run", save_every=2, max_steps=20)
@@ -294,7 +294,7 @@ def spiking(run, *steps: int, factor: float = 1e3):
         result = causal_lm_loss(model, batch)
         return Loss(result.sum * factor, result.weight) if model.training and run.step + 1 in steps else result
 
-    run.step_loss = loss
+    run.gradients.loss = loss
     return run
 
 
@@ -415,7 +415,7 @@ def test_both_answers_to_a_spike_at_once_are_refused(make):  # noqa: F811
 
 def with_fp16_scaler(run):
     """``run`` as on a GPU of before bf16: with a gradient scaler, here the CPU's."""
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    run.gradients.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     run.health._scaled = True
     return run
 
@@ -476,11 +476,11 @@ def test_out_of_memory_in_the_optimizer_is_told_as_such(make):  # noqa: F811
 def test_an_error_of_a_save_is_told_even_when_something_else_ends_the_run(make, monkeypatch, capfd):  # noqa: F811
     write = checkpoint.write
 
-    def failing(run, taken, keep):
+    def failing(run, taken, keep, processes):
         if taken.state["step"] == 4:
             time.sleep(0.2)
             raise StorageError("model.safetensors: the disk is full")
-        return write(run, taken, keep)
+        return write(run, taken, keep, processes)
 
     monkeypatch.setattr(checkpoint, "write", failing)
     with pytest.raises(VerificationError):

@@ -142,7 +142,7 @@ def test_a_bad_number_in_one_process_stops_all_before_it_reaches_the_weights(mak
             result = causal_lm_loss(model, batch)
             return type(result)(result.sum * float("nan"), result.weight) if rank == 1 and run.step == 4 else result
 
-        run.step_loss = loss
+        run.gradients.loss = loss
         run.run()
 
     assert in_processes(2, body) == [70, 70]
@@ -242,7 +242,7 @@ def test_an_error_in_one_process_lets_the_other_leave(make, tmp_path, who, what)
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 return causal_lm_loss(model, batch)
 
-            run.step_loss = loss
+            run.gradients.loss = loss
         run.run()
 
     codes = in_processes(2, body, seconds=30)

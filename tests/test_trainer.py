@@ -730,7 +730,7 @@ def test_the_precision_is_what_is_asked_for_or_what_the_hardware_multiplies(make
 def test_in_bf16_the_weights_stay_in_fp32_and_no_loss_is_scaled(make, tmp_path):
     run = make("run", precision="bf16", max_steps=2)
     run.run()
-    assert run.scaler is None  # scaling is for fp16 alone
+    assert run.gradients.scaler is None  # scaling is for fp16 alone
     found = checkpoint.newest_good(tmp_path / "run")
     assert {tensor.dtype for tensor in (*found.model.values(), *found.optimizer.values())} == {torch.float32}
 

@@ -27,8 +27,9 @@ class KVCache:
     def __init__(self, config: EtudeConfig, batch: int, capacity: int, like: Tensor, starts: Tensor | None = None):
         """Room for ``capacity`` tokens in each of ``batch`` rows, with the dtype and device of ``like``."""
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        place = {"dtype": like.dtype, "device": like.device}  # not like.new_zeros: a divided weight's would be divided, too
+        self.keys = [torch.zeros(shape, **place) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, **place) for _ in range(config.num_hidden_layers)]
         self.starts = starts
         self.length = 0  # columns filled in every layer
 

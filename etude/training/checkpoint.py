@@ -3,6 +3,9 @@
 ``checkpoints/step-00001000/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``rng.safetensors``, ``state.json``
 and, written last, ``manifest.json`` with the SHA-256 of the others. It is made in a temporary folder, synced and renamed.
 Nothing in it can execute code when it is loaded: safetensors and JSON only.
+
+A model that is divided over processes is written by all of them, each its rows: ``model-00001-of-00002.safetensors`` … and
+``optimizer-00001-of-00002.safetensors`` …, which put one below the other are the whole. Any number of processes can load it.
 """
 
 import copy
@@ -20,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from etude.errors import DataError, EtudeError, MismatchError, StorageError
-from etude.files import whole_folder
+from etude.files import sync, whole_folder
+from etude.parallel import Processes
+from etude.training.sharding import divided_like, local
 from etude.weights import from_disk_name, read_safetensors, to_disk_name, write_safetensors
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 NAME = re.compile(r"step-(\d{8,})")
+PART = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -49,32 +54,68 @@ class Snapshot:
     """A run at one moment, in tensors of its own on the CPU: what training does later does not reach it."""
 
     state: dict[str, Any]
-    model: dict[str, Tensor]  # by the names they have on disk
+    model: dict[str, Tensor]  # by the names they have on disk; of a divided model, this process's rows
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
+    shards: int  # how many processes have a part
 
 
-def snapshot(state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Snapshot:
+def snapshot(
+    state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], divided_over: Processes | None = None
+) -> Snapshot:
     """Copy what a checkpoint holds. Only trainable weights are stored."""
     weights = {
         to_disk_name(name): _copied(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    return Snapshot(copy.deepcopy(state), weights, _optimizer_tensors(model, optimizers), _rng_tensors())
+    optimizer = _optimizer_tensors(model, optimizers)
+    return Snapshot(copy.deepcopy(state), weights, optimizer, _rng_tensors(), divided_over.count if divided_over else 1)
 
 
-def write(run: str | Path, taken: Snapshot, keep: int) -> Path:
-    """Write the checkpoint of a snapshot's step, then delete all but the newest ``keep``."""
+def write(run: str | Path, taken: Snapshot, keep: int, processes: Processes | None = None) -> Path:
+    """Write the checkpoint of a snapshot's step, then delete all but the newest ``keep``.
+
+    Of a divided model every one of ``processes`` has to come here with its own snapshot; the first completes the checkpoint
+    when it knows all parts to be on the disk, and all return only then.
+    """
     target = Path(run) / "checkpoints" / f"step-{taken.state['step']:08d}"
-    with whole_folder(target) as folder:
-        write_safetensors(taken.model, folder / "model.safetensors")
-        write_safetensors(taken.optimizer, folder / "optimizer.safetensors")
-        write_safetensors(taken.rng, folder / "rng.safetensors")
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **taken.state}, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / "state.json").write_text(text + "\n", encoding="utf-8")
-        manifest = {name: sha256(folder / name) for name in FILES}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    processes = processes if processes and taken.shards > 1 else Processes()
+    with processes.failing_together():
+        if not processes.is_first:
+            folder = Path(processes.heard("checkpoint folder"))
+            processes.tell("checkpoint part", json.dumps(_write_part(taken, folder, processes.rank)))
+            processes.heard("checkpoint")
+            return target
+        with whole_folder(target) as folder, processes.failing_together():  # told before the folder goes
+            processes.tell("checkpoint folder", str(folder.absolute()))
+            digests = _write_part(taken, folder, rank=0)
+            for rank in range(1, processes.count):
+                digests |= json.loads(processes.heard("checkpoint part", rank))
+            write_safetensors(taken.rng, folder / "rng.safetensors")
+            text = json.dumps({"schema_version": SCHEMA_VERSION, **taken.state}, indent=2, ensure_ascii=False, allow_nan=False)
+            (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+            digests |= {name: sha256(folder / name) for name in ("rng.safetensors", "state.json")}
+            (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        processes.tell("checkpoint", str(target))
     prune(run, keep)
     return target
+
+
+def _write_part(taken: Snapshot, folder: Path, rank: int) -> dict[str, str]:
+    """Write one process's rows; the files' SHA-256 by name. They are on the disk when this returns."""
+    digests = {}
+    for stem, tensors in (("model", taken.model), ("optimizer", taken.optimizer)):
+        path = folder / part_names(stem, taken.shards)[rank]
+        write_safetensors(tensors, path)
+        sync(path)
+        digests[path.name] = sha256(path)
+    return digests
+
+
+def part_names(stem: str, count: int) -> list[str]:
+    """The files that hold the model, or the optimizer, in ``count`` parts."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{part:05d}-of-{count:05d}.safetensors" for part in range(1, count + 1)]
 
 
 class Saver:
@@ -83,14 +124,14 @@ class Saver:
     An error of a write is raised by the next :meth:`save` or :meth:`wait`; the checkpoints before it are whole.
     """
 
-    def __init__(self, run: str | Path, keep: int):
-        self._run, self._keep = run, keep
+    def __init__(self, run: str | Path, keep: int, processes: Processes | None = None):
+        self._run, self._keep, self._processes = run, keep, processes
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[Path] | None = None
 
     def save(self, taken: Snapshot) -> None:
         self.wait()
-        self._writing = self._thread.submit(write, self._run, taken, self._keep)
+        self._writing = self._thread.submit(write, self._run, taken, self._keep, self._processes)
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk."""
@@ -117,16 +158,32 @@ def load(path: str | Path) -> Checkpoint:
             f"{path}/state.json: schema_version {state.get('schema_version')} → {SCHEMA_VERSION}; "
             "the checkpoint was written by another version of Etude"
         )
-    tensors = {name: read_safetensors(path / f"{name}.safetensors") for name in ("model", "optimizer", "rng")}
-    model = {from_disk_name(name): tensor for name, tensor in tensors["model"].items()}
-    return Checkpoint(path, state, model, tensors["optimizer"], tensors["rng"])
+    model, optimizer = (_read_parts(path, stem) for stem in ("model", "optimizer"))
+    model = {from_disk_name(name): tensor for name, tensor in model.items()}
+    return Checkpoint(path, state, model, optimizer, read_safetensors(path / "rng.safetensors"))
+
+
+def _read_parts(path: Path, stem: str) -> dict[str, Tensor]:
+    """Model or optimizer, put together from all parts. Numbers such as step counters are the same in each."""
+    names = part_names(stem, _shards(json.loads((path / MANIFEST).read_text(encoding="utf-8"))))
+    parts = [read_safetensors(path / name) for name in names]
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) if tensor.ndim else tensor for name, tensor in parts[0].items()}
+
+
+def _shards(manifest: dict[str, str]) -> int:
+    counts = {int(match[1]) for name in manifest if (match := PART.fullmatch(name))}
+    return counts.pop() if len(counts) == 1 else 1
 
 
 def verify(path: Path) -> None:
     """Compare every file with the manifest's SHA-256. Raises :class:`DataError` naming the first that differs."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: manifest[name] for name in FILES}
+        count = _shards(manifest)
+        parts = [*part_names("model", count), *part_names("optimizer", count)]
+        expected = {name: manifest[name] for name in (*parts, "rng.safetensors", "state.json")}
     except FileNotFoundError:
         raise DataError(f"{path / MANIFEST}: missing, so the checkpoint is not complete") from None
     except (ValueError, KeyError, TypeError):
@@ -244,7 +301,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.opt
                     f"{checkpoint.path}: {name} is {tuple(saved.shape)} {saved.dtype}, "
                     f"the model's is {tuple(parameter.shape)} {parameter.dtype}"
                 )
-            parameter.copy_(saved)
+            parameter.copy_(divided_like(saved, parameter))
     _restore_optimizers(checkpoint, model, optimizers)
     for name, tensor in checkpoint.rng.items():
         device, _, index = name.partition(".")
@@ -286,6 +343,10 @@ def _restore_optimizers(checkpoint: Checkpoint, model: nn.Module, optimizers: li
                 if key not in state or state[key].shape not in (parameters[index].shape, ()):
                     name = names[parameters[index]]
                     raise MismatchError(f"{checkpoint.path}: {kind}'s {key} of {name} is missing or of another shape")
+        for index, state in present.items():
+            present[index] = {
+                key: divided_like(value, parameters[index]) if value.ndim else value for key, value in state.items()
+            }
         # load_state_dict knows where each optimizer wants its step counters.
         optimizer.load_state_dict({"state": present, "param_groups": optimizer.state_dict()["param_groups"]})
     if saved:
@@ -301,4 +362,4 @@ def _rng_tensors() -> dict[str, Tensor]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return local(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)

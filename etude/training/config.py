@@ -85,6 +85,9 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "of matrix products; weights are fp32. auto: what the hardware multiplies"
     )
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "several processes (torchrun): ddp: each with the whole model; fsdp: model and optimizer divided over them"
+    )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on for CUDA only")
     deterministic: bool = option(False, "ask a GPU for operations whose result does not depend on timing")
     collective_timeout: float = option(600.0, "seconds after which a process that does not answer is given up (torchrun)")
@@ -140,7 +143,7 @@ class TrainingConfig:
 TOLD_BY_CONTENT = {"data", "val_data", "output", "token_cache", "tokenizer", "init_from"}  # and not by where they lie
 FREE_ON_RESUME = TOLD_BY_CONTENT | {
     "resume", "allow_mismatch", "micro_batch_size", "auto_micro_batch", "epochs", "max_steps", "device", "compile", "deterministic", "threads",
-    "collective_timeout",
+    "collective_timeout", "parallel",
     "log_every", "eval_every", "max_eval_tokens", "save_every", "keep_checkpoints", "sample_every", "tracker", "max_bad",
 }  # fmt: skip
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from etude import cli, paths
-from etude.data.batches import Batches, Samples, micro_batches, to_device
-from etude.device import autocast, describe, peak_flops, pick_device, pick_precision, set_deterministic
+from etude.data.batches import Batches, Samples
+from etude.device import describe, peak_flops, pick_device, pick_precision, set_deterministic
 from etude.errors import Interrupted, MismatchError, UsageError
 from etude.evaluation import LossResult, evaluate_loss
 from etude.lock import FolderLock
@@ -27,9 +27,11 @@ from etude.runlog import RunLog, SilentLog, duration
 from etude.tokenizer import Tokenizer
 from etude.training import checkpoint
 from etude.training.config import TrainingConfig
+from etude.training.gradients import GradientSum, is_out_of_memory
 from etude.training.health import Health
 from etude.training.identity import changes_since, free_settings, identity
 from etude.training.optim import lr_at, make_optimizers, set_lr
+from etude.training.sharding import is_sharded, release, shard, whole
 from etude.training.signals import StopSignals
 from etude.training.spikes import SpikeFound, Spikes
 from etude.weights import save_model
@@ -70,18 +72,19 @@ class Trainer:
         self.model = model.to(self.device)
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
-        compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile == "on"
-        self.step_loss = torch.compile(loss, dynamic=False) if compiled else loss
+        self.compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile == "on"
+        self.sharded = is_sharded(config, self.processes, self.precision)
         self.optimizers = make_optimizers(self.model, config, self.device)
-        self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
-        self.health = Health(batches, self.device, scaled=self.scaler is not None)
-
+        self.health = Health(batches, self.device, scaled=self.precision == "fp16")
         self.spikes = Spikes(config)
 
         self.steps = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
         rows = self.processes.rows(config.batch_size)
-        self.micro_batch_size = min(wanted, rows.stop - rows.start)
+        self.gradients = GradientSum(
+            config, self.model, torch.compile(loss, dynamic=False) if self.compiled and not self.sharded else loss,
+            self.processes, self.device, self.precision, min(wanted, rows.stop - rows.start), self.sharded,
+        )  # fmt: skip
         self.eval_batch_size = min(wanted, config.batch_size, max(1, 8_192 // batches.samples.block_size))
         self.tokens_per_step = config.batch_size * batches.samples.block_size
         self.step = 0  # optimizer steps done
@@ -106,6 +109,8 @@ class Trainer:
                 self._run()
 
     def _run(self) -> None:
+        if self.sharded:
+            self._divide()
         resumed = self._resume()
         self.log = SilentLog()
         if self.processes.is_first:
@@ -114,8 +119,10 @@ class Trainer:
             self.log.resume_from(self.step, revalidate=self.validation_pending)
             cli.save(self.config, f"{self.config.output}/run.yaml")
         self._print_header(resumed)
-        self.saver = checkpoint.Saver(self.config.output, self.config.keep_checkpoints)
-        with StopSignals(self.processes) as stop, self.saver, ThreadPoolExecutor(1, "batches") as loader:
+        self.saver = checkpoint.Saver(self.config.output, self.config.keep_checkpoints, self.processes)
+        # A lost process is to be noticed before the saver waits for it.
+        loading, watching = ThreadPoolExecutor(1, "batches"), self.processes.watching()
+        with StopSignals(self.processes) as stop, self.saver, loading as loader, watching:
             if self.validation_pending:
                 self._validate(stop)
                 self._save()  # it is made up for: neither the next start nor a rewind is to do it again
@@ -126,6 +133,14 @@ class Trainer:
                 self._loop(loader, stop)
             self.saver.wait()
         self._finish()
+
+    def _divide(self) -> None:
+        """Divide model and optimizers over the processes, which have to be connected by now."""
+        if self.compiled:  # layer by layer: gathering weights in between cannot be compiled
+            for layer in self.model.layers:
+                layer.compile(dynamic=False)
+        shard(self.model, self.device)
+        self.optimizers = make_optimizers(self.model, self.config, self.device)
 
     def _loop(self, loader: ThreadPoolExecutor, stop: StopSignals) -> None:
         every = self._intervals()
@@ -139,10 +154,11 @@ class Trainer:
             try:
                 metrics = {} if self.spikes.is_quarantined(self.step) else self._optimizer_step(batch)
             except RuntimeError as error:  # beside the gradients, which see to it themselves: the optimizer's first step, say
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
+                size = self.gradients.micro_batch_size
                 raise UsageError(
-                    f"step {self.step + 1}: out of memory in the optimizer; set a lower --micro_batch_size than {self.micro_batch_size}, "
+                    f"step {self.step + 1}: out of memory in the optimizer; set a lower --micro_batch_size than {size}, "
                     "or a smaller model. Checkpoints are intact"
                 ) from error
             except SpikeFound as spike:
@@ -170,6 +186,7 @@ class Trainer:
             if every["sample"] and _due(self.step, every["sample"], last) and self.sample and not stop.asked:
                 self.health.check()
                 self.log.line(f"sample    {self.sample(self.model)}")
+                release(self.model)
             if _due(self.step, every["save"], last) or stop.asked:
                 self._save()
             self._leave_if_asked(stop)
@@ -191,31 +208,28 @@ class Trainer:
         set_lr(self.optimizers, lr)
         # Sums over thousands of tokens would overflow fp16 on the way back; a constant keeps them near 1.
         scale = 1.0 / self.tokens_per_step
-        loss_sum, weight = self._sum_gradients(batch, scale)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        self.processes.sum_gradients(gradients)
-        if self.scaler:  # after adding up, so that all processes see an overflow and keep one scale
+        loss_sum, weight = self.gradients.compute(self.step, batch, scale, tell=self.log.line)
+        if self.gradients.scaler:  # after adding up, so that all processes see an overflow and keep one scale
             for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-        loss_sum, weight = self.processes.sum(torch.stack((loss_sum, weight.to(loss_sum.dtype))))
+                self.gradients.scaler.unscale_(optimizer)
         factor = 1 / (scale * weight)  # what the summed gradient still needs to become the mean's
-        norm = torch.nn.utils.get_total_norm(gradients) * factor
+        norm = self.gradients.norm() * factor
         if self.config.max_grad_norm:
             factor = factor * (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if self.spikes.active and not self._is_taken(loss_sum, norm, weight):
             return {}
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(self.gradients.parts(), factor)
         self.health.watch(self.step, loss_sum, norm, weight)
         # The scaler would skip by optimizer; an overflow anywhere spoils the common norm, so all skip together.
-        overflow = self.scaler is not None and not torch.isfinite(norm)
+        overflow = self.gradients.scaler is not None and not torch.isfinite(norm)
         for optimizer in self.optimizers:
-            if self.scaler and not overflow:
-                self.scaler.step(optimizer)
-            elif not self.scaler:
+            if self.gradients.scaler and not overflow:
+                self.gradients.scaler.step(optimizer)
+            elif not self.gradients.scaler:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.scaler:
-            self.scaler.update()
+        if self.gradients.scaler:
+            self.gradients.scaler.update()
             self.health.count_overflow(self.step, overflow)
         return {"loss": loss_sum / weight, "grad_norm": norm, "lr": lr, "supervised_tokens": weight}
 
@@ -225,24 +239,16 @@ class Trainer:
         Reading the numbers waits for a GPU at every step: the price of knowing before the update.
         """
         if weight == 0 and self.spikes.quarantine:  # all its rows are left out
-            self._forget_gradients()
+            self.gradients.forget()
             return False
-        overflow = self.scaler is not None and torch.isfinite(loss_sum) and not torch.isfinite(norm)
+        overflow = self.gradients.scaler is not None and torch.isfinite(loss_sum) and not torch.isfinite(norm)
         if not overflow:  # one of fp16 is the scaler's affair
             try:
                 self.spikes.require_none(float(loss_sum / weight), float(norm))
             except SpikeFound:
-                self._forget_gradients()
+                self.gradients.forget()
                 raise
         return True
-
-    def _forget_gradients(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        if self.scaler:  # it would take the next step's unscaling for a second one of this step's
-            scale = self.scaler.state_dict()
-            self.scaler = torch.amp.GradScaler(self.device.type)
-            self.scaler.load_state_dict(scale)
 
     def _went_back(self, spike: SpikeFound) -> bool:
         """Answer a spike as the config says: skip the step (False), or go back to the last checkpoint (True)."""
@@ -269,51 +275,6 @@ class Trainer:
             for document in entry["documents"]:
                 self.batches.left_out[document] = min(entry["step"], self.batches.left_out.get(document, entry["step"]))
 
-    def _sum_gradients(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of the batch's loss, times ``scale``. Returns the loss and its weight, summed.
-
-        Out of memory, with ``auto_micro_batch``, half the micro-batch is tried instead: nothing has been updated yet.
-        """
-        while True:
-            try:
-                return self._try_gradients(batch, scale)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                size = self.micro_batch_size
-                told = f"step {self.step + 1}: out of memory with --micro_batch_size {size} of block_size {self.batches.samples.block_size}"
-                if not self.config.auto_micro_batch or size == 1:
-                    smaller = f"--micro_batch_size {size // 2} (the gradient stays the same) or " if size > 1 else ""
-                    raise UsageError(
-                        f"{told}; set {smaller}a shorter --block_size, or free the device's memory. Checkpoints are intact"
-                    ) from error
-            # Out here the error, and with it the activations that its traceback holds, is gone.
-            self.micro_batch_size = size // 2
-            self._forget_gradients()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.log.line(f"memory    {told}; going on with {self.micro_batch_size}, the same batch and gradient")
-
-    def _try_gradients(self, batch: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        weight = torch.zeros((), device=self.device)
-        row = self.processes.rows(self.config.batch_size).start  # of the global batch
-        for micro_batch in micro_batches(batch, self.micro_batch_size):
-            self._seed_dropout(row)
-            row += len(micro_batch["ids"])
-            with autocast(self.device, self.precision):
-                result = self.step_loss(self.model, to_device(micro_batch, self.device))
-            scaled = result.sum * scale
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()
-            loss_sum += result.sum.detach()
-            weight += result.weight
-        self._seed_dropout(self.config.batch_size)  # the generator's state in a checkpoint does not tell who computed what
-        return loss_sum, weight
-
-    def _seed_dropout(self, row: int) -> None:
-        """Dropout is a function of (seed, step, row), so that a resumed step drops the same channels."""
-        torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 1_000_003 + row) % 2**63)
-
     # -- validating, recording, saving ----------------------------------------------------------------------------------
 
     def _validate(self, stop: StopSignals) -> None:
@@ -324,9 +285,11 @@ class Trainer:
             return  # there may be only seconds left to save in; it is made up for after resuming
         result = evaluate_loss(
             self.model, self.val, self.device, self.precision, self.loss,
-            batch_size=self.eval_batch_size,
-            max_tokens=self.config.max_eval_tokens, should_stop=lambda: self.processes.count == 1 and stop.received, processes=self.processes,
+            batch_size=self.eval_batch_size, max_tokens=self.config.max_eval_tokens,
+            should_stop=lambda: self.processes.count == 1 and stop.received,
+            processes=self.processes, together=self.sharded,
         )  # fmt: skip
+        release(self.model)
         if self.processes.count == 1 and stop.received:
             return  # the result is of a part only; it is made again after resuming
         self.validation_pending = False
@@ -338,8 +301,7 @@ class Trainer:
         better = result.loss < self.best_val_loss
         if better:
             self.best_val_loss = result.loss
-            if self.processes.is_first:
-                self._save_model(f"{self.config.output}/best")
+            self._save_model(f"{self.config.output}/best")
         described = f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}"
         described += f"  bits/byte {bits:.4f}" if bits is not None else ""
         self.log.line(f"validate  step {self.step}: {described}{'  (best so far)' if better else ''}")
@@ -371,7 +333,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.health.check()
-        if not self.processes.is_first:
+        if not (self.processes.is_first or self.sharded):
             return
         state = {
             "step": self.step,
@@ -380,23 +342,27 @@ class Trainer:
             "validation_pending": self.validation_pending,
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
-            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "scaler": self.gradients.scaler.state_dict() if self.gradients.scaler else None,
             "spikes": self.spikes.state(),
             "identity": self.identity,
             "settings": free_settings(self.config),
         }
         self.saver.wait()  # before copying: one copy at a time
-        self.saver.save(checkpoint.snapshot(state, self.model, self.optimizers))
+        self.saver.save(checkpoint.snapshot(state, self.model, self.optimizers, self.processes if self.sharded else None))
 
     def _save_model(self, folder: str) -> None:
-        save_model(self.model, folder)
-        self.tokenizer.save(folder, max_length=self.model.config.max_position_embeddings)
+        weights = {}
+        if self.processes.is_first or self.sharded:  # of a divided model all have a part
+            weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        if self.processes.is_first:
+            save_model(self.model, folder, weights)
+            self.tokenizer.save(folder, max_length=self.model.config.max_position_embeddings)
 
     def _finish(self) -> None:
         self.health.check()
+        self._save_model(self.config.output)
         if not self.processes.is_first:
             return
-        self._save_model(self.config.output)
         self.log.draw(f"{os.path.basename(self.config.output)}: {self.steps} steps")
         self.log.close()
         best = f"; best validation loss {self.best_val_loss:.4f} in best/" if math.isfinite(self.best_val_loss) else ""
@@ -449,8 +415,8 @@ class Trainer:
     def _take(self, found: checkpoint.Checkpoint) -> None:
         """Put the whole run where a checkpoint left it."""
         checkpoint.restore(found, self.model, self.optimizers)
-        if self.scaler and found.state["scaler"]:
-            self.scaler.load_state_dict(found.state["scaler"])
+        if self.gradients.scaler and found.state["scaler"]:
+            self.gradients.scaler.load_state_dict(found.state["scaler"])
         self.step = found.step
         best = found.state["best_val_loss"]
         self.best_val_loss = math.inf if best is None else best
@@ -478,19 +444,19 @@ class Trainer:
         print(
             f"model     {counts['total']:,} parameters: {shape.hidden_size} wide, {shape.num_hidden_layers} layers, vocabulary {shape.vocab_size:,}"
         )
-        print(f"device    {describe(self.device)}; {self.precision}{', compiled' if self.step_loss is not self.loss else ''}")
+        count = self.processes.count
+        several = (
+            f"; {count} processes, {'each with a part of the model' if self.sharded else 'each with a copy'}"
+            if count > 1
+            else ""
+        )
+        print(f"device    {describe(self.device)}; {self.precision}{', compiled' if self.compiled else ''}{several}")
         epochs = self.steps / self.batches.steps_per_epoch
         print(
             f"run       {self.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}"
         )
         if resumed:
             print(f"resume    {resumed}")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # A CPU's and Metal's allocators raise no error class of their own, nor does cuBLAS.
-    signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

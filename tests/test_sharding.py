@@ -1,0 +1,229 @@
+"""A model divided over two processes is the model of one: the same training, the same state, and checkpoints that either reads."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from test_parallel import TWO, in_processes
+from test_trainer import asking_to_stop, assert_same, make, metrics, no_waiting, one_thread, outcome  # noqa: F401
+
+from etude.errors import DataError, Interrupted, StorageError, UsageError
+from etude.losses import causal_lm_loss
+from etude.training import checkpoint
+from etude.weights import load_model
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
+DIVIDED = {**TWO, "parallel": "fsdp", "micro_batch_size": 3}
+
+
+def tensors(run) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a run's newest checkpoint."""
+    found = checkpoint.newest_good(run)
+    return found.model | found.optimizer
+
+
+def assert_close(run, other) -> None:
+    """Both were trained alike: only the order of sums differs (the norm's, by which gradients are clipped)."""
+    one, two = tensors(run), tensors(other)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    losses = [[record["loss"] for record in metrics(folder) if "loss" in record] for folder in (run, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) > 1
+    validated = [[record["val_loss"] for record in metrics(folder) if "val_loss" in record] for folder in (run, other)]
+    assert validated[0] == pytest.approx(validated[1], rel=1e-5) and len(validated[0]) > 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_divided_a_model_is_trained_as_it_is_whole(make, tmp_path, kind, tied):  # noqa: F811
+    settings = {**DIVIDED, "optimizer": kind, "tie_word_embeddings": tied, "micro_batch_size": 2, "batch_size": 8}
+    settings["epsilon"] = 1e-6  # Adam's step where a gradient is nearly nothing is else decided by its last bits
+    make("whole", **settings).run()  # one process: there is nothing to divide
+    assert in_processes(2, lambda rank: make("divided", **settings).run()) == [0, 0]
+    if kind == "adamw":
+        assert_close(tmp_path / "whole", tmp_path / "divided")
+    else:  # Muon's iteration is in bf16
+        losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    path = checkpoint.found_in(tmp_path / "divided")[0]
+    names = {f"{stem}-0000{part}-of-00002.safetensors" for stem in ("model", "optimizer") for part in (1, 2)}
+    assert {file.name for file in path.iterdir()} == names | {"rng.safetensors", "state.json", "manifest.json"}
+    # What the run leaves for others is one whole model.
+    saved, trained = load_model(tmp_path / "divided").state_dict(), checkpoint.load(path).model
+    assert all(torch.equal(saved[name], weight) for name, weight in trained.items())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_divided_state_comes_back_whole_and_is_divided_again(make, tmp_path, kind, count):  # noqa: F811
+    """Saved by two, loaded by ``count``: every tensor of model and optimizer, bit for bit; and back again."""
+    settings = {**DIVIDED, "batch_size": 6, "optimizer": kind, "save_every": 2, "max_steps": 6}
+
+    def body(rank):
+        make("run", loss=asking_to_stop(4, micro_batches=1), **settings).run()
+
+    assert in_processes(2, body) == [Interrupted.exit_code] * 2
+    before = tensors(tmp_path / "run")
+    moments = [name for name in before if "exp_avg" in name or "momentum" in name]
+    assert moments and all(before[name].abs().sum() > 0 for name in moments)
+
+    def look(rank):
+        run = make("run", **settings)
+        loop = run._loop
+
+        def compare(loader, stop):
+            again = checkpoint.snapshot({}, run.model, run.optimizers, run.processes if run.sharded else None)
+            parts = again.model | again.optimizer
+            for name, whole in before.items():
+                part = parts[name if "/" in name else f"model.{name}" if not name.startswith("lm_head") else name]
+                if whole.ndim and run.sharded:
+                    whole = [*whole.chunk(count), *[whole[:0]] * count][rank]
+                assert torch.equal(part, whole) and part.dtype == whole.dtype, name
+            loop(loader, stop)
+
+        run._loop = compare
+        run.run()
+
+    assert in_processes(count, look) == [0] * count
+    assert in_processes(2, lambda rank: make("whole", **settings).run()) == [0, 0]
+    if kind == "adamw":
+        assert_close(tmp_path / "whole", tmp_path / "run")
+
+
+def test_divided_runs_that_are_killed_and_stopped_end_as_if_they_had_not_been(make, tmp_path):  # noqa: F811
+    settings = {**DIVIDED, "save_every": 2}
+    assert in_processes(2, lambda rank: make("whole", **settings).run()) == [0, 0]
+
+    def killed(rank):
+        run = make("run", **settings)
+        step = run._optimizer_step
+        run._optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
+        run.run()
+
+    assert set(in_processes(2, killed)) == {-signal.SIGKILL}
+
+    def stopped(rank):
+        make("run", loss=asking_to_stop(2, micro_batches=1) if rank else causal_lm_loss, **settings).run()
+
+    assert in_processes(2, stopped) == [Interrupted.exit_code] * 2
+    assert in_processes(2, lambda rank: make("run", **settings).run()) == [0, 0]
+    assert_same(
+        tmp_path / "run", {name: outcome(tmp_path / "whole")[name] for name in ("tensors", "model.safetensors", "metrics")}
+    )
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_killed_while_writing_its_part_the_checkpoint_before_is_loaded(make, tmp_path, lost):  # noqa: F811
+    settings = {**DIVIDED, "save_every": 2, "collective_timeout": 5.0}
+
+    def body(rank):
+        write = checkpoint.write_safetensors
+
+        def deadly(values, path):
+            if rank == lost and "step-00000004" in str(path) and path.name.startswith("optimizer"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(values, path)
+
+        checkpoint.write_safetensors = deadly
+        make("run", **settings).run()
+
+    codes = in_processes(2, body, seconds=30)
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 75
+    assert [path.name for path in checkpoint.found_in(tmp_path / "run")] == ["step-00000002"]
+    assert in_processes(2, lambda rank: make("run", **settings).run()) == [0, 0]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert in_processes(2, lambda rank: make("whole", **settings).run()) == [0, 0]
+    assert_same(tmp_path / "run", {"tensors": outcome(tmp_path / "whole")["tensors"]})
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_error_of_one_disk_ends_all_with_the_checkpoint_before(make, tmp_path, capfd, who):  # noqa: F811
+    def body(rank):
+        write = checkpoint.write_safetensors
+
+        def failing(values, path):
+            if rank == who and "step-00000004" in str(path):
+                raise StorageError(f"{path.name}: cannot be written (No space left on device); free some space")
+            write(values, path)
+
+        checkpoint.write_safetensors = failing
+        make("run", **DIVIDED, save_every=2).run()
+
+    assert in_processes(2, body, seconds=30) == [StorageError.exit_code] * 2
+    assert capfd.readouterr().err.count("No space left on device") >= 2
+    assert [path.name for path in checkpoint.found_in(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_no_part_is_told_written_before_it_is_on_the_disk(make, tmp_path, monkeypatch):  # noqa: F811
+    """A slow process's part is waited for, and the checkpoint has its name only with all parts."""
+    monkeypatch.setattr(time, "sleep", time.sleep)
+
+    def body(rank):
+        write = checkpoint.write_safetensors
+
+        def slow(values, path):
+            if rank == 1:
+                time.sleep(0.3)
+                assert not checkpoint.found_in(tmp_path / "run") or path.parent.name.startswith(".step-")
+            write(values, path)
+
+        checkpoint.write_safetensors = slow
+        make("run", **DIVIDED, save_every=3).run()
+
+    assert in_processes(2, body) == [0, 0]
+    for path in checkpoint.found_in(tmp_path / "run"):
+        checkpoint.verify(path)
+
+
+def test_a_missing_swapped_or_foreign_part_is_named(make, tmp_path):  # noqa: F811
+    assert in_processes(2, lambda rank: make("run", **DIVIDED).run()) == [0, 0]
+    path = checkpoint.found_in(tmp_path / "run")[0]
+    one, two = (path / name for name in checkpoint.part_names("model", 2))
+    contents = one.read_bytes(), two.read_bytes()
+    one.write_bytes(contents[1]), two.write_bytes(contents[0])
+    with pytest.raises(DataError, match=r"model-00001-of-00002\.safetensors: damaged"):
+        checkpoint.load(path)
+    one.write_bytes(contents[0]), two.unlink()
+    with pytest.raises(DataError, match=r"model-00002-of-00002\.safetensors: missing"):
+        checkpoint.load(path)
+    two.write_bytes(contents[1])
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in [name for name in manifest if "00002-of" in name]:
+        (path / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != name}))
+        with pytest.raises(DataError, match=r"manifest\.json: damaged"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"batch_size": 5}, r"batch_size \(5\) must be a multiple of the number of processes \(2\) with --parallel fsdp"),
+        ({"auto_micro_batch": True}, "--auto_micro_batch goes with --parallel ddp only"),
+    ],
+)
+def test_what_does_not_go_with_a_divided_model_is_refused(make, monkeypatch, settings, told):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=told):
+        make("run", **{**DIVIDED, **settings})
+
+
+def test_samples_are_printed_and_training_goes_on_with_the_weights_it_has(make, tmp_path):  # noqa: F811
+    """Printing a sample gathers the weights; were they kept, the next step would compute with old ones."""
+    from etude.generation.plain import generate
+    from etude.generation.settings import SamplingSettings
+
+    def body(rank, name, every):
+        run = make(name, **DIVIDED, sample_every=every)
+        settings = SamplingSettings(max_new_tokens=4, temperature=0)
+        run.sample = lambda model: str([step.tokens for step in generate(model.eval(), [[9, 10]], settings, set(), 0)])
+        sample = run.sample
+        run.sample = lambda model: (sample(model), model.train())[0]
+        run.run()
+
+    for name, every in (("plain", 0), ("sampled", 1)):
+        assert in_processes(2, lambda rank, name=name, every=every: body(rank, name, every)) == [0, 0]
+    assert_same(tmp_path / "sampled", {"tensors": outcome(tmp_path / "plain")["tensors"]})
