@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
-from etude.errors import EtudeError, StorageError, UsageError
+from etude.errors import EtudeError, Interrupted, StorageError, UsageError
 
 STORAGE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,  # the disk
@@ -136,6 +136,8 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except EtudeError as error:
+        if isinstance(error, Interrupted) and os.environ.get("RANK", "0") != "0":  # as all were, and the first tells
+            sys.exit(error.exit_code)
         _fail(error, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was left half-written", 130)

@@ -30,6 +30,7 @@ class Processes:
         self.rank, self.count, self.timeout_seconds = rank, count, timeout_seconds
         self._step = 0
         self._control = None  # a gloo group beside NCCL's
+        self._store: torch.distributed.Store  # what processes leave for one another, by key
         self._counts: Counter[tuple[str, str, int]] = Counter()  # messages by kind, subject and rank
         self._lost = False  # a collective failed: nobody is going to answer
 
@@ -72,7 +73,7 @@ class Processes:
         import torch.distributed as dist
 
         self._step = step
-        self._store().set(f"etude/step/{self.rank}", str(step))
+        self._store.set(f"etude/step/{self.rank}", str(step))
         flags = torch.tensor([int(flag)])
         with self._telling("meeting after the step"):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
@@ -104,7 +105,7 @@ class Processes:
     def tell(self, subject: str, text: str) -> None:
         """Leave ``text`` for the others: the n-th on a subject is what they hear when they listen for the n-th time."""
         if self.count > 1:
-            self._store().set(self._key("told", subject, self.rank), text)
+            self._store.set(self._key("told", subject, self.rank), text)
 
     def heard(self, subject: str, rank: int = 0) -> str:
         """Wait for what process ``rank`` tells. Raises :class:`PeerLost` if that is nothing, and :class:`StorageError` if a
@@ -113,15 +114,13 @@ class Processes:
         key = self._key("heard", subject, rank)
         end = time.monotonic() + self.timeout_seconds
         try:
-            while not self._store().check(
-                [key]
-            ):  # asked, not awaited: waiting would keep the store from the thread that trains
-                if self._store().check([FAILED]):
-                    raise StorageError(self._store().get(FAILED).decode())
+            while not self._store.check([key]):  # asked, not awaited: waiting would keep the store from the thread that trains
+                if self._store.check([FAILED]):
+                    raise StorageError(self._store.get(FAILED).decode())
                 if self._lost or time.monotonic() > end:
                     raise RuntimeError("nothing heard")
                 time.sleep(0.01)
-            return self._store().get(key).decode()
+            return self._store.get(key).decode()
         except RuntimeError as error:
             raise PeerLost(
                 f"rank {self.rank} of {self.count}, after step {self._step}: no word of rank {rank}'s {subject} within "
@@ -136,9 +135,9 @@ class Processes:
         except Exception as error:
             if self.count > 1 and not isinstance(error, PeerLost):
                 with suppress(RuntimeError):  # who keeps the store is gone
-                    if self._store().check([FAILED]):  # so this error comes of that one
-                        raise StorageError(self._store().get(FAILED).decode()) from error
-                    self._store().set(FAILED, f"rank {self.rank} of {self.count}: {error}")
+                    if self._store.check([FAILED]):  # so this error comes of that one
+                        raise StorageError(self._store.get(FAILED).decode()) from error
+                    self._store.set(FAILED, f"rank {self.rank} of {self.count}: {error}")
             raise
 
     def _key(self, kind: str, subject: str, rank: int) -> str:
@@ -159,7 +158,11 @@ class Processes:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # NCCL's own watchdog ends the process without a word to the person, so it comes second.
         longer = 2 * timeout if backend == "nccl" else timeout
-        dist.init_process_group(backend, timeout=longer, device_id=device if backend == "nccl" else None)
+        self._store = _fresh_store(timeout)
+        dist.init_process_group(
+            backend, store=self._store, rank=self.rank, world_size=self.count,
+            timeout=longer, device_id=device if backend == "nccl" else None,
+        )  # fmt: skip
         self._control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
         try:
             with self.watching():
@@ -204,17 +207,12 @@ class Processes:
         for rank in range(self.count):
             if rank != self.rank:
                 try:
-                    known = self._store().check([f"etude/step/{rank}"])
-                    step = self._store().get(f"etude/step/{rank}").decode() if known else "0"
+                    known = self._store.check([f"etude/step/{rank}"])
+                    step = self._store.get(f"etude/step/{rank}").decode() if known else "0"
                     seen.append(f"rank {rank} was last seen after step {step}")
                 except RuntimeError:  # the store went with the process that kept it
                     seen.append(f"rank {rank} cannot be asked")
         return ", ".join(seen)
-
-    def _store(self):
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        return _get_default_store()
 
 
 def from_environment(batch_size: int, timeout_seconds: float) -> Processes:
@@ -232,6 +230,14 @@ def local_device(name: str) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return name
+
+
+def _fresh_store(timeout: timedelta) -> torch.distributed.Store:
+    """torchrun's store, without what an earlier attempt left in it (``--max_restarts``): dead processes' addresses, say."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    return torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _is_of_the_connection(error: RuntimeError) -> bool:
