@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etude.corpus.jsonl import Rejects, find_files, read_records
+from etude.corpus.inputs import find_files
+from etude.corpus.jsonl import Rejects, read_records
 from etude.data.batches import Samples, as_tensors, to_device
 from etude.data.sft import read_conversation
 from etude.device import autocast

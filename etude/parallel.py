@@ -5,6 +5,8 @@ On a CPU two processes reach the very bits of one that takes the two halves as m
 """
 
 import os
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ class Processes:
         self._control = None  # a gloo group beside NCCL's
         self._store: torch.distributed.Store  # what processes leave for one another, by key
         self._counts: Counter[tuple[str, str, int]] = Counter()  # messages by kind, subject and rank
+        self._on_gpu = False
         self._lost = False  # a collective failed: nobody is going to answer
 
     @property
@@ -155,7 +158,8 @@ class Processes:
         import torch.distributed as dist
 
         timeout = timedelta(seconds=self.timeout_seconds)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        self._on_gpu = device.type == "cuda"
+        backend = "nccl" if self._on_gpu else "gloo"
         # NCCL's own watchdog ends the process without a word to the person, so it comes second.
         longer = 2 * timeout if backend == "nccl" else timeout
         self._store = _fresh_store(timeout)
@@ -185,6 +189,27 @@ class Processes:
             if self.count == 1 or not _is_of_the_connection(error):
                 raise
             raise self._peer_lost("in a collective of the divided model") from error
+
+    @contextmanager
+    def overseen(self, doing: str) -> Iterator[None]:
+        """Leave, with the same message, when the block takes longer than the timeout. For work on a GPU: its queue may wait for
+        a lost process, and who waits for the queue cannot be interrupted. (NCCL's own watchdog ends it later, without a word.)
+        """
+        if self.count == 1 or not self._on_gpu:
+            yield
+            return
+        timer = threading.Timer(self.timeout_seconds, self._leave, [doing])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _leave(self, doing: str) -> None:
+        error = self._peer_lost(doing)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
 
     @contextmanager
     def _telling(self, doing: str) -> Iterator[None]:

@@ -140,7 +140,8 @@ def answer_file(model, command: str, config: InferenceConfig, settings: dict) ->
 
 def read_prompts(model, command: str, config: InferenceConfig) -> Iterator[tuple[dict, list[int]]]:
     """Each prompt as it goes into the output, and as ids. A conversation's last reply, if it has one, is left aside."""
-    from etude.corpus.jsonl import Rejects, find_files, kind_of, read_lines, read_records
+    from etude.corpus.inputs import find_files, kind_of
+    from etude.corpus.jsonl import Rejects, read_lines, read_records
     from etude.generation.plain import check_prompt
 
     for path in find_files([config.input]):

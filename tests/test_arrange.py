@@ -163,6 +163,29 @@ def test_a_sample_by_ratio(rows):
     assert sampled(rows, ratio=1.0) == lines_of(rows) and sampled(rows, ratio=0.3, seed=1) != found
 
 
+def test_a_sample_may_be_empty_but_says_so(tmp_path, capsys):
+    path = numbered(tmp_path, "a", 5)
+    for options in ({"bytes": 10}, {"ratio": 1e-9}):
+        assert sampled(path, **options) == [] and "warning: no row was taken; ask for more" in capsys.readouterr().err
+    assert len(sampled(path, bytes=20)) == 1 and "warning" not in capsys.readouterr().err
+
+
+def test_a_sample_passes_over_empty_files_but_not_only_such(tmp_path):
+    numbered(tmp_path, "a", 5), numbered(tmp_path, "b", 0)
+    for options in ({"rows": 5}, {"bytes": 1000}, {"ratio": 1.0}):
+        config = SampleConfig(input=(str(tmp_path / "[ab].jsonl"),), output=str(tmp_path / "out.jsonl"), force=True, **options)
+        sample(config)
+        assert len(lines_of(tmp_path / "out.jsonl")) == 5
+
+
+def test_a_sample_of_an_input_that_changes_is_refused(tmp_path, monkeypatch):
+    path = numbered(tmp_path, "a", 50)
+    monkeypatch.setattr(arrange, "tell", lambda line: numbered(tmp_path, "a", 50, size=1))  # said between the two readings
+    with pytest.raises(DataError, match="the input has changed while it was being read"):
+        sampled(path, bytes=10**6)
+    assert files_in(tmp_path) == ["a.jsonl"]
+
+
 def test_a_sample_from_a_pipe_with_bad_rows(rows):
     data = b"nonsense\n" + rows.read_bytes()
     done = run("arrange", "sample", "--input", "-", "--output", "-", "--rows", 50, "--max_bad", 1, input=data)
@@ -254,9 +277,17 @@ def test_merges_that_cannot_work_are_refused(tmp_path):
             merged(a, empty, **options)
     with pytest.raises(UsageError, match="standard input cannot be repeated"):
         MergeConfig(input=("-",), when_short="repeat")
-    with pytest.raises(DataError, match=r"empty.jsonl: no row in it; check the input"):
-        merged(a, empty, weights=("1,1",))
-    assert files_in(tmp_path) == ["a.jsonl", "empty.jsonl"]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    for options in ({}, {"weights": ("1,1",)}):  # each input is meant to give rows
+        with pytest.raises(DataError, match=r"empty.jsonl: no row in it; check the input"):
+            merged(a, empty, **options)
+        with pytest.raises(DataError, match=r"bad.jsonl:1: .*no row of the input is good"):
+            merged(a, bad, max_bad=1, **options)
+        for name in (f"{tmp_path}/../{tmp_path.name}/a.jsonl", tmp_path):
+            with pytest.raises(UsageError, match=r"a.jsonl: is named twice; name each file once"):
+                merged(a, name, **options)
+    assert files_in(tmp_path) == ["a.jsonl", "bad.jsonl", "empty.jsonl"]
 
 
 # ---- split --------------------------------------------------------------------------------------------------------------
@@ -376,15 +407,17 @@ def test_splits_that_cannot_work_are_refused(options, message):
 
 
 def test_killed_splits_and_merges_leave_nothing_for_long(many_rows, tmp_path):  # noqa: F811
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(many_rows.read_bytes())
     for arguments, output in [
         (["deal", "split", "--rows", 1000, "--input", many_rows], tmp_path / "parts"),
-        (["arrange", "merge", "--input", *[many_rows] * 2, "--weights", "1,1"], tmp_path / "merged.jsonl"),
+        (["arrange", "merge", "--input", many_rows, other, "--weights", "1,1"], tmp_path / "merged.jsonl"),
     ]:
         for delay in (0.25, 0.3, 0.35):
             killed([*arguments, "--output", output], delay)
         done = run(*arguments, "--output", output, "--force")
         assert done.returncode == 0, done.stderr
-    assert files_in(tmp_path) == ["merged.jsonl", "parts"]
+    assert files_in(tmp_path) == ["merged.jsonl", "other.jsonl", "parts"]
 
 
 @pytest.mark.slow

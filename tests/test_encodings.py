@@ -145,6 +145,31 @@ def test_a_bad_byte_is_found_with_the_encoding_found_out(tmp_path):
             read(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize("times", [2, 400])  # within what the encoding is found out by, and far behind it
+@pytest.mark.parametrize("text, codec", [(NOVEL, "gb18030"), (POEM, "big5")])
+def test_what_was_added_in_utf_8_is_never_misread(tmp_path, text, codec, times):
+    path = tmp_path / "a.txt"
+    for tail in ("中文中文", "转载请注明出处\n", "by 他人 中文\nend\n", NOVEL):
+        path.write_bytes((text * times).encode(codec) + tail.encode("utf-8"))
+        with pytest.raises(
+            DataError, match=r"a.txt:\d+: (is UTF-8, where the file begins as|not) |too little|no encoding known"
+        ):
+            read(path)
+    path.write_bytes((text * times).encode(codec) + "中文中文".encode())
+    if codec == "gb18030":  # all of it is valid in it, too
+        with pytest.raises(DataError, match=rf"a.txt:{2 * times + 1}: is UTF-8, where the file begins as gb18030"):
+            read(path)
+        assert read(path, codec)[1].startswith(text)  # named, it is taken at its word
+
+
+def test_a_text_that_ends_as_utf_8_could_is_told_all_the_same(tmp_path):
+    """Its last characters are ASCII, or by chance valid UTF-8 of two bytes each."""
+    path = tmp_path / "a.txt"
+    for tail in ("\nThe end.\n" * 300, "\n怒女\n", "\n浓农弄奴努怒女暖虐疟\n"):
+        path.write_bytes((NOVEL * 100 + tail).encode("gb18030"))
+        assert read(path) == ("gb18030", NOVEL * 100 + tail)
+
+
 def test_names_of_encodings(tmp_path):
     (tmp_path / "a.txt").write_bytes(JAPANESE.encode("shift_jis"))
     assert read(tmp_path / "a.txt", "Shift-JIS") == ("shift_jis", JAPANESE)

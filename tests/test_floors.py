@@ -17,14 +17,14 @@ FLOORS = [
     ["data", "generation", "export"],
     ["evaluation"],
     ["training"],
-    ["benchmark"],
+    ["benchmark", "doctor"],
 ]
 SCRIPT_FOLDERS = ["train", "tool", "inference"]
 # Loaded where they are used, so that --help answers at once and a broken one hurts only those who need it.
 LAZY = {"transformers", "tokenizers", "safetensors", "lxml", "tqdm", "jsonargparse", "yaml", "matplotlib", "wandb", "trackio"}
 HEAVY = LAZY | {"torch", "numpy"}
 GROUND_FLOOR = [f"etude.{part}" for part in FLOORS[0]]
-WITHOUT_TORCH = ["etude", *GROUND_FLOOR, "etude.model.config", "etude.training.config"]
+WITHOUT_TORCH = ["etude", *GROUND_FLOOR, "etude.model.config", "etude.training.config", "etude.doctor.config"]
 
 
 def module_of(path: Path) -> str:

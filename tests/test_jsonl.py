@@ -14,7 +14,8 @@ from conftest import write_jsonl
 
 from etude import cli
 from etude.corpus import jsonl
-from etude.corpus.jsonl import Rejects, find_files, parse_object, read_lines, read_records, read_texts, write_records
+from etude.corpus.inputs import find_files
+from etude.corpus.jsonl import Rejects, parse_object, read_lines, read_records, read_texts, write_records
 from etude.errors import DataError, UsageError
 
 PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -448,6 +449,6 @@ def test_a_file_half_written_never_appears(tmp_path, there):
         write_records(path, failing())
     assert {file.name for file in tmp_path.iterdir()} == ({"a.jsonl"} if there else set())
     assert not there or path.read_bytes() == b"old\n"
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(DataError, match="cannot be written as JSON"):
         write_records(path, [{"text": "\ud800"}])
     assert {file.name for file in tmp_path.iterdir()} == ({"a.jsonl"} if there else set())

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from etude.corpus.jsonl import Rejects, find_files, read_rows
-from etude.corpus.output import check_output, output_to, rows_of
+from etude.corpus.inputs import find_files
+from etude.corpus.jsonl import Rejects, read_rows
+from etude.corpus.output import check_output, output_to
+from etude.corpus.rows.documents import rows_of
 from etude.errors import DataError, StorageError, UsageError
 
 
@@ -75,6 +77,27 @@ def test_a_row_nested_too_deeply_is_a_bad_row(tmp_path):
 def test_an_input_without_a_row_is_a_mistake(tmp_path):
     with pytest.raises(DataError, match=r"empty.jsonl: no row in it"):
         list(rows_of([write(tmp_path / "empty.jsonl", "\n")], Rejects()))
+
+
+@pytest.mark.parametrize(
+    "shards, names", [(10, ("0.jsonl", "9.jsonl")), (11, ("00.jsonl", "10.jsonl")), (101, ("000.jsonl", "100.jsonl"))]
+)
+def test_names_of_shards_sort_as_their_numbers_however_many_there_are(tmp_path, monkeypatch, shards, names):
+    monkeypatch.setattr("etude.corpus.output.SHARD_DIGITS", 1)
+    with output_to(str(tmp_path / "parts"), shard_bytes=1) as output:
+        for number in range(shards):
+            output.write({"number": number})
+    files = find_files([tmp_path / "parts"])
+    assert (files[0].name, files[-1].name) == names
+    assert [row.record["number"] for row in rows_of(files, Rejects())] == list(range(shards))
+
+
+def test_an_input_of_bad_rows_only_is_a_mistake(tmp_path):
+    empty, bad = write(tmp_path / "empty.jsonl", ""), write(tmp_path / "bad.jsonl", "{\n[]\n")
+    with pytest.raises(DataError, match=r"bad.jsonl:1: not valid JSON .*; no row of the input is good \(2 bad\)"):
+        list(rows_of([empty, bad], Rejects(5)))
+    good = write(tmp_path / "good.jsonl")
+    assert len(list(rows_of([empty, bad, good], Rejects(5)))) == 1
 
 
 def test_without_a_file_for_them_the_first_rejected_rows_are_told(capfd):

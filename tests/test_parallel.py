@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -248,3 +249,25 @@ def test_an_error_in_one_process_lets_the_other_leave(make, tmp_path, who, what)
     codes = in_processes(2, body, seconds=30)
     assert codes[who] == {"samples": 65, "memory": 2}[what] and codes[1 - who] == 75
     assert checkpoint.newest_good(tmp_path / "run").step in (2, 4)
+
+
+def test_a_gpu_that_waits_for_a_lost_process_is_left_with_the_same_message(capfd):
+    """Nothing can interrupt a wait for a GPU's queue; here a lock that is never let go stands for it."""
+
+    def body(rank):
+        processes = Processes(rank, 2, timeout_seconds=0.5)
+        with processes.together(torch.device("cpu")):
+            processes.any(False, 7)
+            processes._on_gpu = True
+            with processes.overseen("in step 8"):
+                pass  # in time: nothing happens
+            time.sleep(0.7)
+            if rank == 0:
+                with processes.overseen("in step 8"):
+                    lock = threading.Lock()
+                    lock.acquire()
+                    lock.acquire()
+            time.sleep(5)
+
+    assert in_processes(2, body, seconds=3)[0] == 75
+    assert "rank 0 of 2, after step 7, in step 8: no answer within 0.5 s" in capfd.readouterr().err

@@ -1,9 +1,11 @@
 """The corpus workbench as a person uses it: sub-commands, pipes, problems listed with their places, figures, rows shown."""
 
+import importlib
 import json
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TEXTS, write_jsonl
 
+from etude import cli
 from etude.corpus.rows import convert, quality, show, survey
 from etude.corpus.rows.convert import ConvertConfig
 from etude.corpus.rows.quality import FilterConfig
@@ -85,7 +88,7 @@ assert not heavy, heavy
         (["check"], 2, "name an --input"),
         (["check", "--input", "missing.jsonl"], 65, "missing.jsonl: no such file"),
         (["filter", "--input", SCRIPT[1], "--min_chars", "1", "--output", "-"], 65, "expected .jsonl or .txt"),
-        (["show", "--input", "-", "--rows", "0"], 2, "rows and start must be at least 1"),
+        (["show", "--input", "-", "--rows", "0"], 2, "rows (0) must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line_with_the_right_code(tmp_path, arguments, code, piece):
@@ -101,9 +104,73 @@ def test_commands_work_in_a_pipe(text_file):
     done = subprocess.run(["bash", "-c", f"{line}{command} check --input - --workers 1"], capture_output=True, text=True)
     kept = sum(len(json.loads(row)["text"]) >= 60 for row in text_file.read_text("utf-8").splitlines())
     assert done.returncode == 0 and f"kept      {kept} rows" in done.stderr and 0 < kept < 120, done.stderr
-    assert re.search(rf"^rows +{kept}$", done.stderr, re.MULTILINE) and done.stdout == ""
+    assert re.search(rf"^rows +{kept}$", done.stdout, re.MULTILINE)
     done = subprocess.run(["bash", "-c", f"{line}{command} show --input - --rows 1"], capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "── -:1" in done.stdout
+
+
+ROW_JOBS = {
+    "check": ["--workers", "1"],
+    "stats": ["--workers", "1", "--max_bad", "5"],
+    "convert": ["--output", "-", "--max_bad", "5"],
+    "filter": ["--output", "-", "--min_chars", "1", "--workers", "1", "--max_bad", "5"],
+    "dedup": ["--output", "-", "--workers", "1", "--max_bad", "5"],
+    "shuffle": ["--output", "-", "--max_bad", "5"],
+    "split": ["--output", "parts", "--rows", "5", "--max_bad", "5"],
+    "merge": ["--output", "-", "--max_bad", "5"],
+    "sample": ["--output", "-", "--rows", "1", "--max_bad", "5"],
+    "show": ["--max_bad", "5"],
+}
+SPLIT_SHARES = ("split", ["--output", "a.jsonl", "b.jsonl", "--ratios", "1,1", "--workers", "1", "--max_bad", "5"])
+SPLIT_NEAR = ("split", [*SPLIT_SHARES[1], "--near"])
+SAMPLE_RATIO = ("sample", ["--output", "-", "--ratio", "1", "--max_bad", "5"])
+
+
+def called(command: str, options: list[str]) -> None:
+    """The command in this process, as the script calls it."""
+    name, config = cli.parse_commands(COMMANDS_OF_SCRIPT, "", [command, *options])
+    getattr(importlib.import_module(type(config).__module__), name)(config)
+
+
+COMMANDS_OF_SCRIPT = runpy.run_path(SCRIPT[1])["COMMANDS"]
+
+
+@pytest.mark.parametrize("command, options", [*ROW_JOBS.items(), SPLIT_SHARES, SPLIT_NEAR, SAMPLE_RATIO])
+def test_an_input_without_a_good_row_is_a_mistake_to_every_tool(tmp_path, monkeypatch, command, options):
+    if "--near" in options:
+        pytest.importorskip("rensa")
+    monkeypatch.chdir(tmp_path)
+    empty, bad = write(tmp_path / "empty.jsonl", b"\n"), write(tmp_path / "bad.jsonl", b"{\n")
+    with pytest.raises(DataError, match=r"^\S*empty.jsonl: no row in it; check the input$"):
+        called(command, ["--input", str(empty), *options])
+    with pytest.raises(DataError, match="problems in 1 rows" if command == "check" else r"bad.jsonl:1: .*no row of the input"):
+        called(command, ["--input", *([] if command == "merge" else [str(empty)]), str(bad), *options])
+    if command in ("stats", "convert", "filter", "dedup") or "--ratios" in options:  # those that look for a text
+        bad.write_text('{"other": 1}\n')
+        with pytest.raises(DataError, match=r"bad.jsonl:1: no key 'text' .*no row of the input is good \(1 bad\)"):
+            called(command, ["--input", str(bad), *options])
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "empty.jsonl"]
+
+
+@pytest.mark.parametrize("command, options", [*ROW_JOBS.items(), SPLIT_NEAR])
+def test_negative_counts_are_refused_by_every_tool(command, options):
+    for name in ("max_bad", "workers"):
+        if f"--{name}" in options:
+            changed = [*options, f"--{name}", "-1"]
+            with pytest.raises(UsageError, match=rf"{name} \(-1\) must be at least 0"):
+                called(command, ["--input", "a.jsonl", *changed])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["check", "stats", "show", "merge"])
+def test_what_cannot_be_told_is_an_error(text_file, command):
+    """Python, left alone, would print two lines of its own and end with 120."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        arguments = [*SCRIPT, command, "--input", str(text_file), *ROW_JOBS[command]]
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+    assert done.returncode == 74 and done.stderr.startswith("error: the disk: No space left"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_killed_filter_leaves_the_whole_output_or_none(tmp_path):
@@ -153,12 +220,14 @@ def test_check_lists_all_and_counts_by_kind(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", b"\n".join([b'{"text": "good"}', *BAD] * 3))
     capsys.readouterr()
     found = problems(path, show=4)
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert err == ""  # what it finds is what it is for
     assert len(found) == 3 * len(BAD)
     assert [row["place"] for row in found] == [f"{path}:{n}" for n in range(1, 46) if n % 15 != 1]
-    assert sum(line.startswith(str(path)) for line in err.splitlines()) == 4
-    assert re.search(r"^problem +6  holds half of a character$", err, re.MULTILINE)
-    assert re.search(r"^problem +3  turn N is by 'assistant' where 'user' was expected$", err, re.MULTILINE)
+    assert sum(line.startswith(str(path)) for line in out.splitlines()) == 4
+    assert re.search(r"^problem +6  holds half of a character$", out, re.MULTILINE)
+    assert re.search(r"^problem +3  turn N is by 'assistant' where 'user' was expected$", out, re.MULTILINE)
+    assert re.search(r"^problem +3  not UTF-8$", out, re.MULTILINE)
     assert problems(path, workers=2) == found
 
 
@@ -258,9 +327,11 @@ def test_a_line_of_200_mb_is_refused_in_bounded_memory(tmp_path, command):
         with open(tmp_path / "a.jsonl", "wb") as file:
             file.truncate(size)
         process = subprocess.Popen(
-            [*SCRIPT, command, "--input", tmp_path / "a.jsonl", "--workers", "1", *options], stderr=subprocess.PIPE
+            [*SCRIPT, command, "--input", tmp_path / "a.jsonl", "--workers", "1", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        err = process.stderr.read().decode()
+        err = process.stdout.read().decode()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         peaks.append(usage.ru_maxrss / 1024)  # MiB
@@ -352,7 +423,7 @@ def test_start_seed_and_max_chars_choose(text_file, capsys):
 
 def test_every_row_is_as_likely_to_be_drawn(text_file):
     from etude.corpus.jsonl import Rejects
-    from etude.corpus.output import rows_of
+    from etude.corpus.rows.documents import rows_of
 
     rows = list(rows_of([text_file], Rejects()))[:10]
     counts = dict.fromkeys((row.place for row in rows), 0)

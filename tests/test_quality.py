@@ -275,6 +275,16 @@ def test_c4_lines_are_cut_only_when_asked_and_counted(tmp_path, capsys):
     assert run_filter(tmp_path, [text], min_chars=1)[0] == [json.dumps({"text": text}, ensure_ascii=False).encode()]
 
 
+def test_shortened_rows_keep_the_spelling_of_what_stays(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(
+        b'{"n":1e5, "text": "Menu\\nThis line is long enough to stay.", "big" : 12345678901234567890123, "x": "\\u00e9"}\n'
+    )
+    quality.filter(FilterConfig(input=(str(source),), output=str(target), c4_lines=True, workers=1))
+    kept = b'{"n": 1e5, "text": "This line is long enough to stay.", "big": 12345678901234567890123, "x": "\\u00e9"}\n'
+    assert target.read_bytes() == kept
+
+
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsysbinary):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": GOOD}, {"text": "short"}])
     counts = quality.filter(FilterConfig(input=(str(source),), dry_run=True, min_chars=20, workers=1))
@@ -313,7 +323,7 @@ def test_options_win_over_presets_and_rules_can_be_left_out():
     [
         ({"rules": ("goofer",)}, "there is no set 'goofer'; known: gopher, repetition, c4"),
         ({"without": ("words",)}, "there is no rule 'words'"),
-        ({"scripts": ("Klingon",)}, "'Klingon' is none; known: Latin"),
+        ({"scripts": ("Klingon",)}, "there is no script 'Klingon'; known: Latin"),
         ({"keep_regex": "("}, r"keep_regex \('\('\) is no regular expression"),
         ({"min_words": -1}, r"min_words \(-1\) must be at least 0"),
     ],

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from etude.corpus.conversations import check_order, to_messages
-from etude.corpus.jsonl import Rejects, find_files, read_records
+from etude.corpus.inputs import find_files
+from etude.corpus.jsonl import Rejects, read_records
 from etude.corpus.sample.scene import is_held_out
 from etude.corpus.sample.skills import SKILLS
 from etude.corpus.sample.world import (

@@ -1,5 +1,6 @@
 """Text cut into documents: nothing lost, cuts where sentences end, the same however it arrives; and what normalising changes."""
 
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,8 @@ from conftest import ROOT, TEXTS, write_jsonl
 
 from etude.corpus.texts.cutting import End, documents, is_heading, sentences
 from etude.corpus.texts.normalise import NormaliseConfig, normalise, normalised, steps
+from etude.corpus.texts.split_text import SplitTextConfig, split_text
+from etude.errors import DataError
 
 SCRIPT = ROOT / "tool" / "split_text.py"
 NOVEL = """第一回 宴桃园豪杰三结义\r
@@ -348,6 +351,40 @@ def test_records_are_split_with_all_they_carry(tmp_path):
     assert code == 65 and f"{path}:2: no text under the key 'body'" in err and err.count("\n") == 1
     assert split(*arguments, "--force", "--max_bad", 2)[0] == 0
     assert [record["place"] for record in records_of(tmp_path / "b.jsonl.rejected.jsonl")] == [f"{path}:2", f"{path}:3"]
+
+
+def test_records_that_are_cut_keep_the_spelling_of_what_they_carry(tmp_path):
+    source, output = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source.write_bytes(rb'{"n":1e5, "text": "One is. Two is.", "big" : 12345678901234567890123, "x": "\ud83d"}' + b"\n")
+    split_text(SplitTextConfig(input=(str(source),), output=str(output), max_chars=8, unit="sentence"))
+    others = b'"big": 12345678901234567890123, "x": "\\ud83d"}'
+    assert output.read_bytes() == b"".join(
+        b'{"n": 1e5, "text": "%b", %b\n' % (part, others) for part in (b"One is.", b"Two is.")
+    )
+    source.write_bytes(rb'{"\ud83d": 1, "text": "One is. Two is."}' + b"\n")
+    with pytest.raises(DataError, match=r"a.jsonl:1: cannot be written as JSON"):
+        split_text(SplitTextConfig(input=(str(source),), output=str(tmp_path / "c.jsonl"), max_chars=8))
+
+
+@pytest.mark.parametrize(
+    "name, data, reason",
+    [
+        ("bad.txt", b"\xff\xfe\xfd", "bad.txt:1: not utf-16-le .*; no text of the input is good"),
+        ("bad.jsonl", b"{}\n", r"bad.jsonl:1: no text under the key 'text'; no text of the input is good \(1 bad\)"),
+        ("blank.txt", b"\n \n", "blank.txt: the file is empty; no text of the input is good"),
+        ("blank.jsonl", b"\n", "blank.jsonl: no text in it; check the input"),
+    ],
+)
+def test_bad_files_may_go_but_not_all(tmp_path, name, data, reason):
+    source, output = tmp_path / name, tmp_path / "out.jsonl"
+    source.write_bytes(data)
+    config = SplitTextConfig(input=(str(source),), output=str(output), max_bad=5)
+    with pytest.raises(DataError, match=reason):
+        split_text(config)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    (tmp_path / "good.txt").write_text("Good.")
+    split_text(dataclasses.replace(config, input=(str(source), str(tmp_path / "good.txt"))))
+    assert records_of(output) == [{"text": "Good."}]
 
 
 def test_a_file_that_cannot_be_read_is_named_or_set_aside_whole(novels, tmp_path):

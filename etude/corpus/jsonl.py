@@ -4,14 +4,15 @@ Reads .jsonl and .txt, also compressed (.gz .bz2 .xz .zst), file by file and lin
 the input. Nothing is dropped silently: a bad record is an error, or, within ``max_bad``, counted, listed and kept aside.
 """
 
-import glob
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, open_binary
+from etude.corpus.inputs import kind_of
+from etude.corpus.streams import open_binary
 from etude.errors import DataError
 from etude.files import whole_file
 
@@ -20,8 +21,6 @@ try:
 except ImportError:  # an extra; the standard library reads the same records, more slowly
     orjson = None
 
-TEXT_SUFFIXES = {".jsonl", ".txt"}
-REJECTED = ".rejected.jsonl"  # ends the name of the file that keeps what a tool left out, beside its output
 MAX_LINE_BYTES = 64 * 2**20  # one line is held in memory; a longer one is no record but a mistake
 
 
@@ -51,48 +50,6 @@ class Rejects:
         shown = "".join(f"\n  {reason}" for reason in self.reasons[:5])
         more = f"\n  … and {len(self.reasons) - 5} more" if len(self.reasons) > 5 else ""
         return f"skipped {len(self.reasons)} bad records (--max_bad {self.max_bad}):{shown}{more}"
-
-
-def kind_of(path: Path) -> str:
-    """.jsonl or .txt, below any compression suffix; other names are taken as they end. A pipe carries .jsonl."""
-    if path == PIPE:
-        return ".jsonl"
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def find_files(inputs: Sequence[str | Path], suffixes: Collection[str] = TEXT_SUFFIXES) -> list[Path]:
-    """The data files that ``inputs`` name: files, folders (searched through), glob patterns and ``-``, in a stable order."""
-    expected = " or ".join(sorted(suffixes))
-    found: list[Path] = []
-    for name in map(str, inputs):
-        path = Path(name).expanduser()
-        if path == PIPE:
-            found.append(path)
-        elif path.is_dir():
-            below = sorted(file for file in path.rglob("*") if _is_data(file, path, suffixes))
-            if not below:
-                raise DataError(f"{path}: no {expected} file in this folder; name the files, or another folder")
-            found += below
-        elif path.is_file():
-            if kind_of(path) not in suffixes:
-                raise DataError(f"{path}: expected {expected} (also .gz .bz2 .xz .zst); convert or rename it")
-            found.append(path)
-        else:
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
-            matches = [match for match in matches if not match.name.endswith(REJECTED)]
-            if not matches:
-                raise DataError(f"{path}: no such file or folder; check the path")
-            found += find_files(matches, suffixes)
-    return list(dict.fromkeys(found))
-
-
-def _is_data(file: Path, folder: Path, suffixes: Collection[str]) -> bool:
-    """Whether a file found in a folder is meant: no hidden one, and none of the rows that a tool rejected."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.is_file() and kind_of(file) in suffixes and not hidden and not file.name.endswith(REJECTED)
 
 
 class Row(NamedTuple):
@@ -303,11 +260,51 @@ def unencodable(text: str) -> str:
     return ""
 
 
+_BETWEEN = re.compile(r"[ \t\r]*[:,]?[ \t\r]*")  # the values of an object
+
+
+def as_line(record: dict[str, Any], like: Row | None = None) -> bytes:
+    """A record as a line of JSON, characters as they are.
+
+    Values that ``record`` has from the row ``like`` stay as they are spelt on its line: written anew, 1e5 would be 100000.0,
+    and a number of 20 digits would lose some. Raises :class:`DataError` for what JSON or UTF-8 does not have: dates, bytes,
+    NaN, half characters.
+    """
+    try:
+        if like is None or not like.line:
+            return _dump(record).encode("utf-8")
+        spelt, old = _spelling(like.line.decode("utf-8")), like.record
+        pairs = ((key, spelt[key] if key in spelt and old[key] is value else _dump(value)) for key, value in record.items())
+        return f"{{{', '.join(f'{_dump(key)}: {text}' for key, text in pairs)}}}".encode()
+    except RecursionError:
+        raise DataError("cannot be written as JSON (nested too deeply)") from None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cannot be written as JSON ({error}); leave such keys out (convert --drop_keys)") from None
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _spelling(line: str) -> dict[str, str]:
+    """How each value of the object on a line, which must be valid, is written there."""
+    found: dict[str, str] = {}
+    decode = json.JSONDecoder().raw_decode
+    at = _BETWEEN.match(line, line.index("{") + 1).end()
+    while line[at] != "}":
+        key, end = decode(line, at)
+        start = _BETWEEN.match(line, end).end()
+        _, end = decode(line, start)
+        found[key] = line[start:end]
+        at = _BETWEEN.match(line, end).end()
+    return found
+
+
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
     """Write a JSONL file, whole or not at all; returns the number of records."""
     count = 0
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(as_line(record) + b"\n")
             count += 1
     return count

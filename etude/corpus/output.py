@@ -4,29 +4,25 @@ What a tool writes, the next one and the training stages read.
 """
 
 import contextlib
-import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from etude import paths
-from etude.corpus.jsonl import REJECTED, TEXT_SUFFIXES, Rejects, Row, find_files, kind_of, read_rows
-from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, create_binary
+from etude.corpus.inputs import REJECTED, kind_of
+from etude.corpus.jsonl import Rejects, as_line
+from etude.corpus.streams import COMPRESSED_SUFFIXES, PIPE, create_binary, standard_output
 from etude.errors import DataError, StorageError, UsageError
 from etude.files import clear_leftovers, whole_file, whole_folder
 from etude.runlog import progress_bar
 
 SHARD = re.compile(r"\d{5,}\.jsonl|\..*")  # what a folder of shards may hold when it is overwritten; hidden files too
-
-
-def dump(record: dict[str, Any]) -> bytes:
-    """A record as a line of JSON, characters as they are."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8")
+SHARD_DIGITS = 5  # of a shard's number; more where there are more shards, so that their names sort as their numbers
 
 
 class Output:
@@ -36,7 +32,7 @@ class Output:
         self.kept = self.kept_bytes = 0  # rows, and bytes of their lines
         self.reasons: Counter[str] = Counter()  # rejected rows by reason
         self.examples: list[str] = []  # the first of them, where no file keeps them
-        self._open_shard, self._shard_bytes, self._shards = open_shard, shard_bytes, 0
+        self._open_shard, self._shard_bytes, self.shards = open_shard, shard_bytes, 0
         self._file: IO[bytes] | None = None
         self._room = 0
         self._open_rejected, self._rejected = open_rejected, None
@@ -53,7 +49,7 @@ class Output:
 
     def write(self, record: dict[str, Any]) -> None:
         """Keep a record."""
-        self.write_line(dump(record))
+        self.write_line(as_line(record))
 
     def reject(self, place: str, reason: str, line: bytes, kind: str = "") -> None:
         """Set a row aside, with its reason; counted under ``kind``, by default the reason itself."""
@@ -65,7 +61,7 @@ class Output:
                 self._rejected = self._open_rejected()
             # A line that is no UTF-8 has its odd bytes shown as \xNN; the place tells where they are.
             text = line.decode("utf-8", errors="backslashreplace")
-            self._rejected.write(dump({"place": place, "reason": reason, "line": text}) + b"\n")
+            self._rejected.write(as_line({"place": place, "reason": reason, "line": text}) + b"\n")
 
     def rejects(self, max_bad: int) -> Rejects:
         """For reading: bad records, within ``max_bad``, are set aside here like others."""
@@ -75,8 +71,8 @@ class Output:
         """Let the next row begin another file; only where the output is a folder."""
         if self._file is not None:
             self._file.close()
-        self._file = self._open_shard(self._shards)
-        self._shards += 1
+        self._file = self._open_shard(self.shards)
+        self.shards += 1
         self._room = self._shard_bytes
 
     def close(self) -> None:
@@ -115,10 +111,11 @@ def output_to(
         if target == PIPE:
             if shard_bytes:
                 raise UsageError("a pipe has no shards; name a folder with --output")
+            stack.enter_context(standard_output())
             open_shard = lambda number: sys.stdout.buffer  # noqa: E731
         elif shard_bytes:
             folder = stack.enter_context(whole_folder(target))
-            open_shard = lambda number: create_binary(folder / f"{number:05d}.jsonl", Path("x.jsonl"))  # noqa: E731
+            open_shard = lambda number: create_binary(folder / shard_name(number), Path("x.jsonl"))  # noqa: E731
         else:
             temporary = stack.enter_context(whole_file(target))
             open_shard = lambda number: create(temporary, target)  # noqa: E731
@@ -135,8 +132,15 @@ def output_to(
             _close_quietly(output)
             raise
         output.close()
+        if output.shards > 10**SHARD_DIGITS:  # in a folder, then
+            for number in range(output.shards):
+                (folder / shard_name(number)).rename(folder / shard_name(number, len(str(output.shards - 1))))
     if rejected_path is not None and output._rejected is None:
         rejected_path.unlink(missing_ok=True)  # an earlier run's: it would not belong to this output
+
+
+def shard_name(number: int, digits: int = 0) -> str:
+    return f"{number:0{digits or SHARD_DIGITS}}.jsonl"
 
 
 def _close_quietly(output: Output) -> None:
@@ -194,24 +198,17 @@ def reading(what: str, files: Sequence[Path]) -> Iterator[Any]:
         yield bar
 
 
-def rows_of(files: Sequence[Path], rejects: Rejects, bar: Any = None) -> Iterator[Row]:
-    """The rows of JSONL files, one after the other."""
-    count, bad = 0, len(rejects.reasons)
-    for path in files:
-        if kind_of(path) != ".jsonl":
-            raise UsageError(f"{path}: expected .jsonl; make some of it with process_jsonl.py convert")
-        for row in read_rows(path, rejects, bar):
-            count += 1
-            yield row
-    if not count and len(rejects.reasons) == bad:
-        raise DataError(f"{', '.join(map(str, files[:3]))}: no row in it; check the input")
+def require_rows(rows: int, files: Sequence[Path], bad: Sequence[str] = (), what: str = "row") -> None:
+    """Raise :class:`DataError` where no row of the input could be read: that is a mistake, not an empty result.
 
-
-def inputs_of(names: Sequence[str], suffixes: Collection[str] = TEXT_SUFFIXES) -> list[Path]:
-    """The files that ``--input`` names; naming none is a mistake."""
-    if not names:
-        raise UsageError("name an --input: files, folders, globs, or - for standard input")
-    return find_files(names, suffixes)
+    ``bad``: "file:line: reason" of each that could not; ``what`` a row is called.
+    """
+    if rows:
+        return
+    if bad:
+        raise DataError(f"{bad[0]}; no {what} of the input is good ({len(bad):,} bad)")
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    raise DataError(f"{', '.join(map(str, files[:3]))}{more}: no {what} in it; check the input")
 
 
 def tell(line: str) -> None:

@@ -1,8 +1,11 @@
 """Bytes in and out: files compressed by their suffix (.gz .bz2 .xz .zst), and "-" for a pipe."""
 
+import contextlib
 import importlib
 import io
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +13,7 @@ from etude.errors import UsageError
 
 COMPRESSED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst"}
 PIPE = Path("-")  # standard input or output
+STANDARD_INPUT = {"-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}  # its names
 READ_BYTES = 2**18  # read from the disk at once
 
 
@@ -97,6 +101,24 @@ def create_binary(path: Path, like: Path) -> IO[bytes]:
         case ".zst":
             return _zstd(like).open(path, "wb")
     return open(path, "wb", buffering=READ_BYTES)
+
+
+@contextlib.contextmanager
+def standard_output() -> Iterator[None]:
+    """At the end of the block all that was written to standard output is out, or its error is raised.
+
+    What cannot be written is dropped then: the interpreter would try once more as it ends, and leave with a code of its own.
+    """
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+            raise
 
 
 def _zstd(path: Path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from etude.corpus.jsonl import Rejects, find_files, read_texts
+from etude.corpus.inputs import find_files
+from etude.corpus.jsonl import Rejects, read_texts
 from etude.data import tokens
 from etude.data.tokens import StoreWriter, TokenStore
 from etude.losses import IGNORED

@@ -12,7 +12,8 @@ import numpy as np
 
 from etude.chat import ChatFormat, EncodedChat
 from etude.corpus.conversations import check_order, to_messages
-from etude.corpus.jsonl import Rejects, find_files, read_records, unencodable
+from etude.corpus.inputs import find_files
+from etude.corpus.jsonl import Rejects, read_records, unencodable
 from etude.data import tokens
 from etude.data.tokens import StoreWriter, TokenStore
 from etude.errors import DataError

@@ -10,9 +10,11 @@ from pathlib import Path
 from etude import paths
 from etude.chat import ChatFormat
 from etude.corpus.conversations import to_messages
-from etude.corpus.jsonl import Rejects, find_files, read_texts
+from etude.corpus.inputs import find_files
+from etude.corpus.jsonl import Rejects, read_texts
 from etude.corpus.streams import COMPRESSED_SUFFIXES
 from etude.errors import VerificationError
+from etude.files import clear_leftovers
 from etude.runlog import progress_bar
 from etude.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from etude.training.config import TokenizerConfig
@@ -38,6 +40,8 @@ def train(config: TokenizerConfig) -> Tokenizer:
     """Learn the vocabulary from a sample of the data, in memory that does not grow with it."""
     rejects = Rejects(config.max_bad)
     tokenizer = train_tokenizer(_sample(config, rejects), config.output, config.vocab_size, config.default_system)
+    for file in Path(config.output).iterdir():
+        clear_leftovers(file)  # of a run that was killed while it wrote
     if summary := rejects.summary():
         print(summary)
     print(f"tokenizer {paths.typed(config.output)}: {len(tokenizer):,} tokens")

@@ -152,7 +152,8 @@ class Trainer:
             if self.step + 1 < self.steps:
                 upcoming = loader.submit(self.batches.at, self.step + 1)
             try:
-                metrics = {} if self.spikes.is_quarantined(self.step) else self._optimizer_step(batch)
+                with self.processes.overseen(f"in step {self.step + 1}"):
+                    metrics = {} if self.spikes.is_quarantined(self.step) else self._optimizer_step(batch)
             except RuntimeError as error:  # beside the gradients, which see to it themselves: the optimizer's first step, say
                 if not is_out_of_memory(error):
                     raise

@@ -11,30 +11,25 @@ from itertools import chain
 from pathlib import Path
 
 from etude.cli import option
-from etude.corpus.jsonl import Rejects, Row, find_files
-from etude.corpus.output import inputs_of, reading, rows_of, summary, tell
-from etude.corpus.rows.external import job
-from etude.corpus.streams import PIPE
+from etude.corpus.inputs import find_files, inputs_of
+from etude.corpus.jsonl import Rejects, Row
+from etude.corpus.output import reading, require_rows, summary, tell
+from etude.corpus.rows.documents import Parsed, parsed, rows_of
+from etude.corpus.rows.external import Lines, job
+from etude.corpus.rows.options import INPUT, JobConfig, numbers_of
+from etude.corpus.streams import STANDARD_INPUT
 from etude.errors import DataError, UsageError
-
-INPUT = "JSONL files, folders, globs, or - for standard input"
-OUTPUT = "file to write, compressed by its ending, or - for standard output"
-MAX_BAD = "bad rows to set aside before giving up"
-
 
 # ---- shuffle ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ShuffleConfig:
-    input: tuple[str, ...] = option((), INPUT)
-    output: str = option("", OUTPUT)
+class ShuffleConfig(JobConfig):
     memory: int = option(256, "MiB for the rows that are sorted at once; the result does not depend on it")
     seed: int = option(0, "seed of the order")
-    max_bad: int = option(0, MAX_BAD)
-    force: bool = option(False, "overwrite the output")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.memory < 1:
             raise UsageError(f"memory ({self.memory}) must be at least 1 MiB")
 
@@ -82,17 +77,14 @@ def _sorted_lines(lines: Iterable[bytes], folder: Path, shift: int, max_bytes: i
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    input: tuple[str, ...] = option((), INPUT)
-    output: str = option("", OUTPUT)
+class SampleConfig(JobConfig):
     rows: int = option(0, "rows to take, exactly; 0: not by rows")
     bytes: int = option(0, "bytes to take, as near as rows allow, never more; 0: not by bytes")
     ratio: float = option(0.0, "chance of each row to be taken, from 0 to 1; 0: not by ratio")
     seed: int = option(0, "seed of the choice")
-    max_bad: int = option(0, MAX_BAD)
-    force: bool = option(False, "overwrite the output")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if sum(map(bool, (self.rows, self.bytes, self.ratio))) != 1:
             raise UsageError("say how much to take, by one of --rows, --bytes and --ratio")
         if self.rows < 0 or self.bytes < 0 or not 0 <= self.ratio <= 1:
@@ -114,43 +106,36 @@ def sample(config: SampleConfig) -> None:
                     if source.random() < config.ratio:
                         output.write_line(row.line)
         else:
-            measure = _row if config.rows else _row_bytes
-            files, left = _counted(files, rejects, scratch, measure)
-            wanted = config.rows or config.bytes
+            lines, wanted = Lines(files, scratch), config.rows or config.bytes
+            left = sum(_size(row, config) for row in _rows(lines, rejects, "count"))
+            require_rows(left, files, rejects.reasons)
             if wanted > left:
                 tell(f"there are only {left:,} {'rows' if config.rows else 'bytes'}, not {wanted:,}: all are taken")
-            with reading("sample", files) as bar:
-                for row in rows_of(files, Rejects(sys.maxsize), bar):
-                    size = measure(row)
-                    if size <= wanted and source.random() * left < wanted:
-                        output.write_line(row.line)
-                        wanted -= size
-                    left -= size
+            for row in _rows(lines, Rejects(sys.maxsize), "sample"):
+                size = _size(row, config)
+                if size <= wanted and source.random() * left < wanted:
+                    output.write_line(row.line)
+                    wanted -= size
+                left -= size
             if left:
                 raise DataError("the input has changed while it was being read; run this again when nothing writes to it")
     summary(output, config.output)
+    if not output.kept:
+        tell("warning: no row was taken; ask for more")
 
 
-def _row(row: Row) -> int:
-    return 1
+def _rows(lines: Lines, rejects: Rejects, what: str) -> Iterator[Parsed]:
+    with reading(what, lines.files) as bar:
+        for _, batch in lines.batches(bar):
+            for row in parsed(batch):
+                if row.problem:
+                    rejects.add(row.place, row.problem, row.line)
+                else:
+                    yield row
 
 
-def _row_bytes(row: Row) -> int:
-    return len(row.line) + 1
-
-
-def _counted(files: Sequence[Path], rejects: Rejects, scratch: Path, measure: Callable) -> tuple[list[Path], int]:
-    """(files to read the same rows from once more, how much there is). Standard input is copied into ``scratch``."""
-    total, again = 0, [scratch / "standard_input.jsonl" if file == PIPE else file for file in files]
-    with reading("count", files) as bar:
-        for file, copy in zip(files, again, strict=True):
-            with ExitStack() as stack:
-                keep = stack.enter_context(open(copy, "wb")) if file == PIPE else None
-                for row in rows_of([file], rejects, bar):
-                    total += measure(row)
-                    if keep:
-                        keep.write(row.line + b"\n")
-    return again, total
+def _size(row: Parsed, config: SampleConfig) -> int:
+    return 1 if config.rows else len(row.line) + 1
 
 
 # ---- merge --------------------------------------------------------------------------------------------------------------
@@ -159,42 +144,28 @@ AT_THE_END = ("stop", "go_on", "repeat")
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(JobConfig):
     input: tuple[str, ...] = option((), INPUT + "; with weights each name is one source")
-    output: str = option("", OUTPUT)
     weights: tuple[str, ...] = option((), "share of each source, as 3,1; none: one after the other")
     by: str = option("rows", "what the weights are shares of: rows or bytes")
     when_short: str = option("stop", "when a source has no more rows: stop, go_on with the others, or repeat it")
     source_key: str = option("", "key to add to each row, with the name of its source; none: rows stay as they are")
-    max_bad: int = option(0, MAX_BAD)
-    force: bool = option(False, "overwrite the output")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in ("rows", "bytes"):
             raise UsageError(f"by ({self.by}) must be rows or bytes")
         if self.when_short not in AT_THE_END:
             raise UsageError(f"when_short ({self.when_short}) must be one of {', '.join(AT_THE_END)}")
         if self.weights and len(weights := numbers_of("weights", self.weights)) != len(self.input):
             raise UsageError(f"{len(weights)} weights for {len(self.input)} inputs; give one for each")
-        if self.when_short == "repeat" and "-" in self.input:
+        if self.when_short == "repeat" and not STANDARD_INPUT.isdisjoint(self.input):
             raise UsageError("standard input cannot be repeated; write it to a file first")
-
-
-def numbers_of(name: str, values: Sequence[str]) -> list[float]:
-    """Numbers above 0, with commas or spaces between. Raises :class:`UsageError`."""
-    try:
-        numbers = [float(value) for value in ",".join(values).split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(0 < number < float("inf") for number in numbers):
-        raise UsageError(f"{name} ({' '.join(values)}) must be numbers above 0, with commas between")
-    return numbers
 
 
 def merge(config: MergeConfig) -> None:
     """Write the rows of several inputs: mixed evenly by weight, or one input after the other."""
-    inputs_of(config.input)
-    sources = [find_files([name]) for name in config.input]
+    sources = _sources(config.input)
     files = list(chain.from_iterable(sources))
     counts, sizes = [0] * len(sources), [0] * len(sources)
     ended: set[int] = set()  # sources that were read to their end
@@ -222,6 +193,17 @@ def merge(config: MergeConfig) -> None:
         tell(f"stopped   where a source had no more rows; some are left in {', '.join(unread)}")
 
 
+def _sources(names: Sequence[str]) -> list[list[Path]]:
+    """The files of each input. Raises :class:`UsageError` for one that is in two of them: its rows would count twice."""
+    inputs_of(names)
+    sources, seen = [find_files([name]) for name in names], set()
+    for file in chain.from_iterable(sources):
+        if file.resolve() in seen:
+            raise UsageError(f"{file}: is named twice; name each file once, and give it more weight with --weights")
+        seen.add(file.resolve())
+    return sources
+
+
 def _one_by_one(read: Callable[[int, bool], Iterator[Row]], sources: int) -> Iterator[tuple[int, Row]]:
     for number in range(sources):
         for row in read(number, False):
@@ -236,9 +218,6 @@ def _mixed(read: Callable[[int, bool], Iterator[Row]], config: MergeConfig, ende
     weights, by_rows = numbers_of("weights", config.weights), config.by == "rows"
     rows = [read(number, False) for number in range(len(weights))]
     ahead = [next(source, None) for source in rows]
-    for name, row in zip(config.input, ahead, strict=True):
-        if row is None:
-            raise DataError(f"{name}: holds no row to mix in; leave it out")
     had = [0] * len(weights)
 
     def turn(number: int) -> tuple[float, int]:

@@ -4,15 +4,18 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 from etude.cli import option
 from etude.corpus import jsonl
 from etude.corpus.conversations import check_order, to_messages
-from etude.corpus.jsonl import Rejects, kind_of, read_lines, read_rows, text_problem, unencodable
-from etude.corpus.output import inputs_of, output_to, reading, require_kind, summary
-from etude.corpus.rows.documents import CONVERSATION_KEYS, as_line, is_conversation, require_rows
+from etude.corpus.inputs import inputs_of, kind_of
+from etude.corpus.jsonl import Rejects, Row, as_line, read_lines, read_rows, text_problem, unencodable
+from etude.corpus.output import output_to, reading, require_kind, require_rows, summary
+from etude.corpus.rows.documents import CONVERSATION_KEYS, is_conversation
+from etude.corpus.rows.options import require_at_least
 from etude.corpus.streams import create_binary
 from etude.errors import DataError, UsageError
 
@@ -20,7 +23,6 @@ TEXT_KINDS, TABLE_KINDS = (".txt", ".md"), {".csv": ",", ".tsv": "\t"}
 KINDS = (".jsonl", *TEXT_KINDS, *TABLE_KINDS, ".parquet")
 PARQUET_ROWS = 1000  # read, and at least written, at once
 DIALECT_KEYS = {*CONVERSATION_KEYS, "input", "output", "system"}  # what a converted conversation replaces
-Parsed = tuple[str, bytes, dict[str, Any]]  # place, line as it stood (b"" if it was none), record
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class ConvertConfig:
     drop_keys: bool = option(False, "write the text or conversation only, no other keys")
 
     def __post_init__(self) -> None:
-        if self.max_bad < 0:
-            raise UsageError(f"max_bad ({self.max_bad}) must be at least 0")
+        require_at_least(0, self, "max_bad")
 
 
 def convert(config: ConvertConfig) -> int:
     """Write every input row in the one form, and return how many there were. Conversations are validated.
 
-    A JSONL row that has the form already is copied byte for byte. Raises :class:`DataError` for bad rows above ``max_bad``.
+    A JSONL row that has the form already is copied byte for byte; of another, the keys that stay keep the spelling of their
+    values. Raises :class:`DataError` for bad rows above ``max_bad``.
     """
     files = inputs_of(config.input, KINDS)
     require_kind(config.output or "-", [".jsonl", ".parquet"])
@@ -51,15 +53,15 @@ def convert(config: ConvertConfig) -> int:
     with output_to(config.output, files, config.force, create=create) as output, reading("convert", files) as bar:
         rejects = output.rejects(config.max_bad)
         for path in files:
-            for place, line, record in records_of(path, rejects, config.text_unit, bar):
+            for row in rows_of(path, rejects, config.text_unit, bar):
                 try:
-                    converted = in_one_form(record, config.text_key, config.drop_keys)
-                    converted_line = line if line and converted == record else as_line(converted)
+                    converted = in_one_form(row.record, config.text_key, config.drop_keys)
+                    line = row.line if row.line and converted == row.record else as_line(converted, row)
                 except DataError as error:
-                    rejects.add(place, str(error), line or repr(record).encode("utf-8", "backslashreplace"))
+                    rejects.add(row.place, str(error), row.line or repr(row.record).encode("utf-8", "backslashreplace"))
                     continue
-                output.write_line(converted_line)
-        require_rows(output.kept + output.reasons.total(), files)
+                output.write_line(line)
+        require_rows(output.kept, files, rejects.reasons)
     summary(output, config.output)
     return output.kept
 
@@ -98,11 +100,11 @@ def _lost_keys(record: dict[str, Any]) -> set[str]:
     return in_turns | {key for key in DIALECT_KEYS if record.get(key)} - {one, "system"}
 
 
-def records_of(path: Path, rejects: Rejects, text_unit: str, bar: Any) -> Iterator[Parsed]:
-    """The records of a file of any kind."""
+def rows_of(path: Path, rejects: Rejects, text_unit: str, bar: Any) -> Iterator[Row]:
+    """The rows of a file of any kind. Of what is no JSONL they have no line."""
     kind = kind_of(path)
     if kind == ".jsonl":
-        return ((row.place, row.line, row.record) for row in read_rows(path, rejects, bar))
+        return read_rows(path, rejects, bar)
     if kind in TABLE_KINDS:
         return table_records(path, TABLE_KINDS[kind], rejects, bar)
     if kind == ".parquet":
@@ -110,14 +112,14 @@ def records_of(path: Path, rejects: Rejects, text_unit: str, bar: Any) -> Iterat
     return text_records(path, "file" if kind == ".md" and text_unit == "line" else text_unit, rejects, bar)
 
 
-def text_records(path: Path, unit: str, rejects: Rejects, bar: Any) -> Iterator[Parsed]:
+def text_records(path: Path, unit: str, rejects: Rejects, bar: Any) -> Iterator[Row]:
     """Lines, paragraphs (between blank lines) or the whole of a text file."""
     for number, text in joined(path, unit, bar):
         if "\0" in text:
             reason = "holds a zero byte, as UTF-16 does; convert the file to UTF-8 first (tool/split_text.py --encoding)"
             rejects.add(f"{path}:{number}", reason, text.encode())
         else:
-            yield f"{path}:{number}", b"", {"text": text}
+            yield Row(f"{path}:{number}", b"", {"text": text})
 
 
 def joined(path: Path, unit: str, bar: Any) -> Iterator[tuple[int, str]]:
@@ -143,7 +145,7 @@ def joined(path: Path, unit: str, bar: Any) -> Iterator[tuple[int, str]]:
         yield begun, text
 
 
-def table_records(path: Path, delimiter: str, rejects: Rejects, bar: Any) -> Iterator[Parsed]:
+def table_records(path: Path, delimiter: str, rejects: Rejects, bar: Any) -> Iterator[Row]:
     """Rows of a CSV or TSV file by the names in its first line; fields may be quoted and go over lines."""
     csv.field_size_limit(jsonl.MAX_LINE_BYTES)
     reader = csv.reader((line + "\n" for _, line in read_lines(path, bar)), delimiter=delimiter, strict=True)
@@ -162,13 +164,13 @@ def table_records(path: Path, delimiter: str, rejects: Rejects, bar: Any) -> Ite
             if len(set(names)) < len(names):
                 raise DataError(f"{place}: a column's name occurs twice; the first line must name the columns")
         elif len(fields) == len(names):
-            yield place, b"", dict(zip(names, fields, strict=True))
+            yield Row(place, b"", dict(zip(names, fields, strict=True)))
         elif fields:
             reason = f"{len(fields)} columns, where the first line names {len(names)}"
             rejects.add(place, reason, delimiter.join(fields).encode("utf-8"))
 
 
-def parquet_records(path: Path, bar: Any) -> Iterator[Parsed]:
+def parquet_records(path: Path, bar: Any) -> Iterator[Row]:
     """Rows of a Parquet file, some at a time; places count rows from 1."""
     parquet, pyarrow = _parquet()
     try:
@@ -178,7 +180,7 @@ def parquet_records(path: Path, bar: Any) -> Iterator[Parsed]:
             for record in batch.to_pylist():
                 number += 1
                 present = {key: value for key, value in record.items() if value is not None}
-                yield f"{path}:{number}", b"", present
+                yield Row(f"{path}:{number}", b"", present)
             bar.update(path.stat().st_size * batch.num_rows / max(file.metadata.num_rows, 1))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -208,9 +210,15 @@ class ParquetLines:
 
     def write(self, data: bytes) -> None:
         if data != b"\n":
-            self._records.append(json.loads(data))
+            self._records.append(json.loads(data, parse_float=self._exact))
             if len(self._records) == PARQUET_ROWS:
                 self._flush()
+
+    def _exact(self, number: str) -> float:
+        if Decimal(repr(value := float(number))) != Decimal(number):
+            row = self._rows + len(self._records) + 1
+            raise DataError(f"row {row:,} holds a number that Parquet's 64 bits would change ({number[:40]}); write .jsonl")
+        return value
 
     def _flush(self) -> None:
         records, self._records = self._records, []

@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from etude.cli import option
+from etude.corpus.inputs import inputs_of
 from etude.corpus.jsonl import parse_line
 from etude.corpus.output import (
     Output,
     check_output,
-    inputs_of,
     output_to,
     reading,
     rejected_beside,
     require_kind,
-    rows_of,
+    require_rows,
     summary,
     tell,
-)  # fmt: skip
-from etude.corpus.rows.arrange import INPUT, MAX_BAD, numbers_of
-from etude.corpus.rows.dedup import check_near, each_row, tell_near
-from etude.corpus.rows.documents import Batch, text_of
-from etude.corpus.rows.external import Lines, Verdicts, scratch_beside
-from etude.corpus.rows.near import NearIndex, signatures
+)
+from etude.corpus.rows.documents import Batch, rows_of, text_of
+from etude.corpus.rows.external import Lines, Verdicts, each_row, scratch_beside
+from etude.corpus.rows.near import NearConfig, NearIndex, signatures, tell_near
+from etude.corpus.rows.options import numbers_of
 from etude.corpus.workers import in_order
 from etude.errors import DataError, UsageError
 from etude.files import clear_leftovers
@@ -37,23 +36,18 @@ ALL_IN_ONE = 2**62  # bytes: no part ends by itself
 
 
 @dataclass(frozen=True)
-class SplitConfig:
-    input: tuple[str, ...] = option((), INPUT)
+class SplitConfig(NearConfig):
     output: tuple[str, ...] = option((), "a file for each ratio (train.jsonl val.jsonl); for rows or bytes one folder")
     ratios: tuple[str, ...] = option((), "share of each output, as 0.98,0.01,0.01")
     rows: int = option(0, "rows in a part; 0: not by rows")
     bytes: int = option(0, "bytes in a part, before any compression; 0: not by bytes")
     text_key: str = option("text", "by ratio: key of a row's text; equal texts go to one output")
     near: bool = option(False, "by ratio: near-duplicates, too, go to one output (needs rensa)")
-    threshold: float = option(0.8, "near-duplicates: Jaccard similarity of the sets of shingles, above 0, up to 1")
-    ngram: int = option(5, "near-duplicates: words in a shingle; a Han character is a word")
-    num_perm: int = option(128, "near-duplicates: numbers in a signature; more estimate better, 4 bytes a row each")
-    workers: int = option(0, "near-duplicates: processes; 0: all cores")
     seed: int = option(0, "by ratio: seed of the choice")
-    max_bad: int = option(0, MAX_BAD)
     force: bool = option(False, "overwrite the outputs")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if sum(map(bool, (self.ratios, self.rows, self.bytes))) != 1 or self.rows < 0 or self.bytes < 0:
             raise UsageError("say how to split, by one of --ratios, --rows and --bytes")
         expected = len(numbers_of("ratios", self.ratios)) if self.ratios else 1
@@ -64,7 +58,6 @@ class SplitConfig:
             raise UsageError(f"outputs ({' '.join(self.output)}) must be different files")
         if self.near and not self.ratios:
             raise UsageError("near goes with ratios; parts of so many rows or bytes follow the input's order")
-        check_near(self)
 
 
 def split(config: SplitConfig) -> None:
@@ -128,6 +121,7 @@ def _deal(files: Sequence[Path], outputs: list[Output], limits: list[float], con
                 rejects.add(row.place, str(error), row.line)
                 continue
             outputs[part].write_line(row.line)
+    require_rows(sum(output.kept for output in outputs), files, rejects.reasons)
 
 
 def part_of(text: str, seed: int, limits: list[float]) -> int:
@@ -151,7 +145,7 @@ def _deal_groups(files: Sequence[Path], outputs: list[Output], limits: list[floa
     """Sign all rows, then copy them, each to where the first of its group goes."""
     import numpy as np
 
-    rejects = outputs[0].rejects(config.max_bad)
+    rejects, rows = outputs[0].rejects(config.max_bad), 0
     deal_batch = partial(_deal_batch, config=config, limits=limits)
     with scratch_beside(config.output[0]) as scratch:
         lines, verdicts = Lines(files, scratch), Verdicts(scratch / "verdicts")
@@ -165,6 +159,8 @@ def _deal_groups(files: Sequence[Path], outputs: list[Output], limits: list[floa
                 verdicts.add(dealt.lines, dealt.parts)
                 index.add(dealt.lines[dealt.signed], dealt.signatures)
                 parts.append(dealt.parts[dealt.signed].astype(np.uint16))
+                rows += len(dealt.lines)
+        require_rows(rows, files, rejects.reasons)
         index.finish()
         firsts, members = index.groups().members()
         verdicts.add(index.lines()[members], np.concatenate(parts)[firsts])  # of two verdicts on a line the later one counts

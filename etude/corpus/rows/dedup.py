@@ -6,7 +6,7 @@ hash it, once more to sign it if near-duplicates are sought, and once to copy wh
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from etude.cli import option
+from etude.corpus.inputs import inputs_of
 from etude.corpus.jsonl import Rejects, parse_line
-from etude.corpus.output import Output, inputs_of, reading, summary, tell
+from etude.corpus.output import Output, reading, require_rows, summary
 from etude.corpus.rows.documents import Batch, text_of
-from etude.corpus.rows.external import Lines, Scatter, Verdicts, changes, job
-from etude.corpus.rows.near import NearIndex, bands_of, candidate_share, rensa, signatures
+from etude.corpus.rows.external import Lines, Scatter, Verdicts, changes, each_row, job
+from etude.corpus.rows.near import NearConfig, NearIndex, signatures, tell_near
 from etude.corpus.workers import in_order
 from etude.errors import DataError, UsageError
 
@@ -28,21 +29,15 @@ EXACT = 2.0  # stands for the similarity of exact copies, which a near-duplicate
 
 
 @dataclass(frozen=True)
-class DedupConfig:
-    input: tuple[str, ...] = option((), "JSONL files, folders, globs, or - for standard input")
+class DedupConfig(NearConfig):
     output: str = option("", "file of the rows that stay, compressed by its ending, or - for standard output")
     key: str = option("text", "what makes two rows equal: text (--text_key's, or all that a conversation says), or line")
-    text_key: str = option("text", "key of a row's text")
     normalise: tuple[str, ...] = option((), "differences that do not count: case, whitespace, punctuation (one or more)")
     near: bool = option(False, "leave out near-duplicates of an earlier row as well (needs rensa)")
-    threshold: float = option(0.8, "near-duplicates: Jaccard similarity of the sets of shingles, above 0, up to 1")
-    ngram: int = option(5, "near-duplicates: words in a shingle; a Han character is a word")
-    num_perm: int = option(128, "near-duplicates: numbers in a signature; more estimate better, 4 bytes a row each")
     workers: int = option(0, "processes; 0: all cores")
-    max_bad: int = option(0, "bad rows to set aside before giving up")
-    force: bool = option(False, "overwrite the output")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.key not in KEYS:
             raise UsageError(f"key ({self.key}) must be one of {', '.join(KEYS)}")
         for name in self.normalise:
@@ -50,18 +45,6 @@ class DedupConfig:
                 raise UsageError(f"normalise ({name}) must be one of {', '.join(NORMALISATIONS)}")
         if self.key == "line" and (self.near or self.normalise):
             raise UsageError("near and normalise look at texts; leave out --key line")
-        check_near(self)
-
-
-def check_near(config: Any) -> None:
-    """Raise :class:`UsageError` for near-duplicate options that cannot work."""
-    if not 0 < config.threshold <= 1:
-        raise UsageError(f"threshold ({config.threshold}) must be above 0 and at most 1")
-    for name in ("ngram", "num_perm"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"{name} ({getattr(config, name)}) must be at least 1")
-    if config.near:
-        rensa()
 
 
 def dedup(config: DedupConfig) -> None:
@@ -94,12 +77,15 @@ def _find_copies(lines: Lines, verdicts: Verdicts, rejects: Rejects, scratch: Pa
 
     scatter = Scatter(scratch / "hashes", [("hash", "u8", 2), ("line", "i8")])
     hash_batch = partial(_hash_batch, key=config.key, text_key=config.text_key, normalise=config.normalise)
+    rows = 0
     with reading("hash", lines.files) as bar:
         for found in in_order(hash_batch, lines.batches(bar), config.workers):
+            rows += len(found.lines)
             for problem in found.problems:
                 rejects.add(*problem)
             verdicts.add(found.others, Verdicts.NO_ROW)
             scatter.add((found.hashes[:, 0] >> np.uint64(56)).astype(np.int64), hash=found.hashes, line=found.lines)
+    require_rows(rows, lines.files, rejects.reasons)
     for part in range(256):
         records = scatter.load(part)
         records = records[np.lexsort((records["hash"][:, 1], records["hash"][:, 0]))]  # stable: equal ones stay in order
@@ -170,18 +156,6 @@ def _sign_batch(item: tuple[int, Batch, Any], text_key: str, ngram: int, num_per
     return places[numbers] + first, signed
 
 
-def tell_near(config: Any) -> None:
-    """Say how near-duplicates were sought."""
-    from importlib.metadata import version
-
-    bands, rows = bands_of(config.threshold, config.num_perm)
-    share = candidate_share(config.threshold, bands, rows)
-    tell(
-        f"near      {config.threshold:g} of the {config.ngram}-word shingles in common, by {bands} bands of {rows}, which "
-        f"compare {share:.1%} of the pairs so alike (rensa {version('rensa')})"
-    )
-
-
 def _copy(lines: Lines, verdicts: Verdicts, output: Output) -> None:
     """Write the lines that stay; set the copies aside."""
 
@@ -194,14 +168,3 @@ def _copy(lines: Lines, verdicts: Verdicts, output: Output) -> None:
             output.reject(place, f"near-duplicate of {lines.place(verdict)} ({share:.2f})", line, kind="near-duplicate")
 
     each_row(lines, verdicts, "copy", keep_or_reject)
-
-
-def each_row(lines: Lines, verdicts: Verdicts, what: str, do: Callable[[str, bytes, int, float], None]) -> None:
-    """Call ``do`` with (place, line without BOM and line end, verdict, share) of each row, in order."""
-    with reading(what, lines.files) as bar:
-        for first, batch in lines.batches(bar):
-            found, shares = verdicts.of(first, len(batch.lines))
-            for (number, offset, line), verdict, share in zip(batch.lines, found.tolist(), shares.tolist(), strict=True):
-                if verdict != Verdicts.NO_ROW:
-                    line = line.rstrip(b"\r\n")
-                    do(f"{batch.path}:{number}", line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line, verdict, share)

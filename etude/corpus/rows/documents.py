@@ -1,16 +1,34 @@
-"""Rows as documents: lines in batches for worker processes, and the text that counts and rules look at."""
+"""Rows as documents: one by one, or lines in batches for worker processes, and the text that counts and rules look at."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from etude.corpus.conversations import to_messages
-from etude.corpus.jsonl import kind_of, parse_line, raw_lines, text_problem, unencodable
+from etude.corpus.inputs import kind_of
+from etude.corpus.jsonl import Rejects, Row, parse_line, raw_lines, read_rows, text_problem, unencodable
+from etude.corpus.output import require_rows
 from etude.errors import DataError, UsageError
 
 BATCH_BYTES, BATCH_LINES = 2**20, 1024  # what a worker gets at once
 CONVERSATION_KEYS = ("conversations", "messages", "instruction")
+
+
+def rows_of(files: Sequence[Path], rejects: Rejects, bar: Any = None) -> Iterator[Row]:
+    """The rows of JSONL files, one after the other. Raises :class:`DataError` if there is none."""
+    count, bad_before = 0, len(rejects.reasons)
+    for path in files:
+        require_jsonl(path)
+        for row in read_rows(path, rejects, bar):
+            count += 1
+            yield row
+    require_rows(count, files, rejects.reasons[bad_before:])
+
+
+def require_jsonl(path: Path) -> None:
+    """Raise :class:`UsageError` for a file of another kind."""
+    if kind_of(path) != ".jsonl":
+        raise UsageError(f"{path}: expected .jsonl; make some of it with process_jsonl.py convert")
 
 
 class Batch(NamedTuple):
@@ -24,8 +42,7 @@ class Batch(NamedTuple):
 def batches(files: Sequence[Path], bar: Any = None) -> Iterator[Batch]:
     """The lines of JSONL files. A file that breaks off ends with a batch that says so; the next file follows."""
     for path in files:
-        if kind_of(path) != ".jsonl":
-            raise UsageError(f"{path}: expected .jsonl; make some of it with process_jsonl.py convert")
+        require_jsonl(path)
         lines, size = [], 0
         try:
             for line in raw_lines(path, bar):
@@ -78,18 +95,3 @@ def text_of(record: dict[str, Any], text_key: str) -> str:
     if problem:
         raise DataError(problem)
     return text
-
-
-def as_line(record: dict[str, Any]) -> bytes:
-    """A record as a line. Raises :class:`DataError` for what JSON or UTF-8 does not have: dates, bytes, NaN, half characters."""
-    try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise DataError(f"cannot be written as JSON ({error}); leave such keys out (convert --drop_keys)") from None
-
-
-def require_rows(rows: int, files: Sequence[Path]) -> None:
-    """Raise :class:`DataError` where an input has no row at all: that is a mistake, not an empty result."""
-    if not rows:
-        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        raise DataError(f"{', '.join(map(str, files[:3]))}{more}: no row in it; check the input")

@@ -5,13 +5,13 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from etude.corpus.output import Output, check_output, output_to, require_kind
+from etude.corpus.output import Output, check_output, output_to, reading, require_kind
 from etude.corpus.rows.documents import Batch, batches
 from etude.corpus.streams import PIPE
 from etude.errors import DataError
@@ -186,3 +186,14 @@ class Verdicts:
             verdicts[places], shares[places] = records["verdict"], records["share"]
             self._range = (number, verdicts, shares)
         return self._range[1:]
+
+
+def each_row(lines: Lines, verdicts: Verdicts, what: str, do: Callable[[str, bytes, int, float], None]) -> None:
+    """Call ``do`` with (place, line without BOM and line end, verdict, share) of each row, in order."""
+    with reading(what, lines.files) as bar:
+        for first, batch in lines.batches(bar):
+            found, shares = verdicts.of(first, len(batch.lines))
+            for (number, offset, line), verdict, share in zip(batch.lines, found.tolist(), shares.tolist(), strict=True):
+                if verdict != Verdicts.NO_ROW:
+                    line = line.rstrip(b"\r\n")
+                    do(f"{batch.path}:{number}", line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line, verdict, share)

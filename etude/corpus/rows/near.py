@@ -19,12 +19,16 @@ are mapped from the disk, up to some 130 MB that the system takes back when it n
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from etude.cli import option
+from etude.corpus.output import tell
 from etude.corpus.rows.external import Scatter, changes
+from etude.corpus.rows.options import JobConfig, require_at_least
 from etude.errors import UsageError
 
 SEED = 0  # of the permutations; fixed, so that a text has one signature
@@ -33,6 +37,27 @@ CHUNK = 2**14  # signatures in memory at once: 8 MiB at 128 places
 LEADERS = 1000  # texts of one bucket that are compared with all the others in it
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff"
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+")
+
+
+@dataclass(frozen=True)
+class NearConfig(JobConfig):
+    """A job that looks for copies of texts, and by option for near-duplicates."""
+
+    text_key: str = option("text", "key of a row's text")
+    near: bool = option(False, "look for near-duplicates as well (needs rensa)")
+    threshold: float = option(0.8, "near-duplicates: Jaccard similarity of the sets of shingles, above 0, up to 1")
+    ngram: int = option(5, "near-duplicates: words in a shingle; a Han character is a word")
+    num_perm: int = option(128, "near-duplicates: numbers in a signature; more estimate better, 4 bytes a row each")
+    workers: int = option(0, "near-duplicates: processes; 0: all cores")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise UsageError(f"threshold ({self.threshold}) must be above 0 and at most 1")
+        require_at_least(1, self, "ngram", "num_perm")
+        require_at_least(0, self, "workers")
+        if self.near:
+            rensa()
 
 
 def rensa() -> Any:
@@ -56,6 +81,18 @@ def bands_of(threshold: float, num_perm: int) -> tuple[int, int]:
 def candidate_share(jaccard: float, bands: int, rows: int) -> float:
     """The share of the pairs of this similarity that agree in some band: 1 - (1 - J^rows)^bands."""
     return 1 - (1 - jaccard**rows) ** bands
+
+
+def tell_near(config: NearConfig) -> None:
+    """Say how near-duplicates were sought."""
+    from importlib.metadata import version
+
+    bands, rows = bands_of(config.threshold, config.num_perm)
+    share = candidate_share(config.threshold, bands, rows)
+    tell(
+        f"near      {config.threshold:g} of the {config.ngram}-word shingles in common, by {bands} bands of {rows}, which "
+        f"compare {share:.1%} of the pairs so alike (rensa {version('rensa')})"
+    )
 
 
 @lru_cache(maxsize=2**17)

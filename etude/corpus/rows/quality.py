@@ -16,10 +16,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from etude.cli import option
-from etude.corpus.output import inputs_of, output_to, reading, require_kind, summary, tell
-from etude.corpus.rows.documents import Batch, as_line, batches, parsed, require_rows, text_of
+from etude.corpus.inputs import inputs_of
+from etude.corpus.jsonl import Row, as_line
+from etude.corpus.output import output_to, reading, require_kind, require_rows, summary, tell
+from etude.corpus.rows.documents import Batch, batches, parsed, text_of
 from etude.corpus.rows.languages import SCRIPTS, count_scripts, language_guesser, main_scripts
 from etude.corpus.rows.measures import MEASURES, Texts
+from etude.corpus.rows.options import INPUT, require_at_least
 from etude.corpus.workers import in_order
 from etude.errors import DataError, UsageError
 
@@ -53,7 +56,7 @@ def limit(help: str, default: float = 0.0) -> Any:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    input: tuple[str, ...] = option((), ".jsonl files, folders, globs, or - for standard input")
+    input: tuple[str, ...] = option((), INPUT)
     output: str = option("", "file for the rows kept, compressed by its ending, or - for standard output")
     force: bool = option(False, "overwrite the output if it exists")
     dry_run: bool = option(False, "only count; write nothing")
@@ -103,23 +106,20 @@ class FilterConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in self.rules:
-            if name not in PRESETS:
-                raise UsageError(f"rules: there is no set {name!r}; known: {', '.join(PRESETS)}")
-        for name in self.without:
-            if name not in RULES:
-                raise UsageError(f"without: there is no rule {name!r}; known: {', '.join(RULES)}")
-        for name in self.scripts:
-            if name not in SCRIPTS[1:]:
-                raise UsageError(f"scripts: {name!r} is none; known: {', '.join(SCRIPTS[1:])}")
+        for option_name, what, known in (
+            ("rules", "set", PRESETS),
+            ("without", "rule", RULES),
+            ("scripts", "script", SCRIPTS[1:]),
+        ):
+            for name in getattr(self, option_name):
+                if name not in known:
+                    raise UsageError(f"{option_name}: there is no {what} {name!r}; known: {', '.join(known)}")
         for name in ("keep_regex", "drop_regex"):
             try:
                 re.compile(getattr(self, name))
             except re.error as error:
                 raise UsageError(f"{name} ({getattr(self, name)!r}) is no regular expression: {error}") from None
-        for name in [*(name for name in RULES if name[:4] in ("min_", "max_")), "max_bad", "workers"]:
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} ({getattr(self, name)}) must be at least 0")
+        require_at_least(0, self, *(name for name in RULES if name[:4] in ("min_", "max_")), "max_bad", "workers")
 
 
 RULES = [field.name for field in dataclasses.fields(FilterConfig)]
@@ -170,7 +170,8 @@ def filter(config: FilterConfig) -> Counter[str]:
                 else:
                     output.write_line(shortened or line)
                 edited += bool(shortened) and not rule
-        require_rows(output.kept + output.reasons.total(), files)
+        read = output.kept + output.reasons.total() - len(rejects.reasons)
+        require_rows(read, files, rejects.reasons)
     if config.dry_run:
         tell("a dry run: nothing was written")
     summary(output, where)
@@ -197,7 +198,7 @@ def judge_batch(batch: Batch, rules: dict[str, Any], text_key: str, c4_lines: bo
                 verdict = Verdict(place, line, "c4_lines", "no line is left")
             else:
                 if text != whole:
-                    verdict = Verdict(place, line, shortened=as_line(record | {text_key: text}))
+                    verdict = Verdict(place, line, shortened=as_line(record | {text_key: text}, Row(place, line, record)))
                 texts[len(verdicts)] = text
         except DataError as error:
             verdict = Verdict(place, line, "", str(error))

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from etude.cli import option
 from etude.corpus.conversations import Messages, to_messages
+from etude.corpus.inputs import inputs_of
 from etude.corpus.jsonl import Rejects, Row
-from etude.corpus.output import inputs_of, rows_of
-from etude.corpus.rows.documents import is_conversation, require_rows, text_of
-from etude.errors import DataError, UsageError
+from etude.corpus.rows.documents import is_conversation, rows_of, text_of
+from etude.corpus.rows.options import INPUT, require_at_least
+from etude.corpus.streams import standard_output
+from etude.errors import DataError
 
 COLOURS = {"system": "35", "user": "36", "assistant": "32", "learnt": "32", "context": "90", "place": "1"}  # ANSI
 EncodeChat = Callable[[Messages], tuple[Sequence[int], Sequence[bool]]]  # ids, and which of them are learnt
@@ -22,7 +24,7 @@ EncodeChat = Callable[[Messages], tuple[Sequence[int], Sequence[bool]]]  # ids, 
 
 @dataclass(frozen=True)
 class ShowConfig:
-    input: tuple[str, ...] = option((), ".jsonl files, folders, globs, or - for standard input")
+    input: tuple[str, ...] = option((), INPUT)
     rows: int = option(3, "rows to show")
     start: int = option(1, "row to begin with, from 1")
     seed: int = option(-1, "show random rows of the whole input instead, drawn with this seed (-1: off)")
@@ -32,10 +34,11 @@ class ShowConfig:
     max_bad: int = option(0, "bad rows to pass over before giving up")
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.start < 1 or self.max_chars < 0 or self.max_bad < 0:
-            raise UsageError("rows and start must be at least 1, max_chars and max_bad at least 0")
+        require_at_least(1, self, "rows", "start")
+        require_at_least(0, self, "max_chars", "max_bad")
 
 
+@standard_output()
 def show(
     config: ShowConfig,
     encode_text: Callable[[str], Sequence[int]] | None = None,
@@ -56,9 +59,8 @@ def show(
             raise DataError(f"{row.place}: {error}") from None
         print()
         shown += 1
-    if not shown and config.start > 1:
+    if not shown:
         raise DataError(f"there is no row {config.start:,}; choose an earlier --start")
-    require_rows(shown, files)
     return shown
 
 

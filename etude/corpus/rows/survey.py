@@ -14,30 +14,43 @@ from typing import Any
 from etude import paths
 from etude.cli import option
 from etude.corpus.conversations import check_order, to_messages
-from etude.corpus.jsonl import text_problem, unencodable
-from etude.corpus.output import check_output, dump, inputs_of, reading, tell
-from etude.corpus.rows.documents import Batch, batches, is_conversation, parsed, require_rows, text_of
+from etude.corpus.inputs import inputs_of
+from etude.corpus.jsonl import as_line, text_problem, unencodable
+from etude.corpus.output import check_output, reading, require_rows
+from etude.corpus.rows.documents import Batch, batches, is_conversation, parsed, text_of
 from etude.corpus.rows.languages import count_scripts, language_guesser, main_scripts
-from etude.corpus.streams import create_binary
+from etude.corpus.rows.options import INPUT, require_at_least
+from etude.corpus.streams import create_binary, standard_output
 from etude.corpus.workers import in_order
-from etude.errors import DataError, UsageError
+from etude.errors import DataError
 from etude.files import whole_file
 
 
 @dataclass(frozen=True)
-class CheckConfig:
-    input: tuple[str, ...] = option((), ".jsonl files, folders, globs, or - for standard input")
-    output: str = option("", "also list every problem in this .jsonl file: place, reason, kind")
+class SurveyConfig:
+    """A job that reads all rows and reports on them."""
+
+    input: tuple[str, ...] = option((), INPUT)
+    output: str = option("", "also write the report to this file")
     force: bool = option(False, "overwrite the output if it exists")
     text_key: str = option("text", "key of the text in rows that are no conversations")
-    show: int = option(10, "problems to print; all are counted by kind")
     workers: int = option(0, "processes (0: one a core)")
 
     def __post_init__(self) -> None:
-        if self.show < 0 or self.workers < 0:
-            raise UsageError(f"show ({self.show}) and workers ({self.workers}) must be at least 0")
+        require_at_least(0, self, "workers")
 
 
+@dataclass(frozen=True)
+class CheckConfig(SurveyConfig):
+    output: str = option("", "also list every problem in this .jsonl file: place, reason, kind")
+    show: int = option(10, "problems to print; all are counted by kind")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(0, self, "show")
+
+
+@standard_output()
 def check(config: CheckConfig) -> None:
     """Name every row that the training stages would refuse: rows are texts, or conversations with their turns in order.
 
@@ -59,13 +72,13 @@ def check(config: CheckConfig) -> None:
             for place, reason in found:
                 kinds[kind := kind_of_problem(reason)] += 1
                 if kinds.total() <= config.show:
-                    tell(f"{place}: {reason}")
+                    print(f"{place}: {reason}")
                 if report is not None:
-                    report.write(dump({"place": place, "reason": reason, "kind": kind}) + b"\n")
+                    report.write(as_line({"place": place, "reason": reason, "kind": kind}) + b"\n")
     for name, count in counts.items():
-        tell(f"{name:<14}{count:>15,}")
+        print(f"{name:<14}{count:>15,}")
     for kind, count in kinds.most_common():
-        tell(f"{'problem':<14}{count:>15,}  {kind}")
+        print(f"{'problem':<14}{count:>15,}  {kind}")
     if kinds:
         where = paths.typed(config.output) if config.output else "see all with --output problems.jsonl"
         raise DataError(f"{kinds.total():,} problems in {counts['rows']:,} rows ({where}); mend these rows or leave them out")
@@ -74,7 +87,7 @@ def check(config: CheckConfig) -> None:
 
 def kind_of_problem(reason: str) -> str:
     """A reason without its particulars, to count by."""
-    return re.sub(r"\d+", "N", re.split(r" \(|; |: ", reason, maxsplit=1)[0])
+    return re.sub(r"(?<![\w-])\d+\b", "N", re.split(r" \(|; |: ", reason, maxsplit=1)[0])  # but UTF-8 keeps its name
 
 
 def check_batch(batch: Batch, text_key: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
@@ -109,19 +122,15 @@ def problem_of(record: dict[str, Any], text_key: str) -> str:
 
 
 @dataclass(frozen=True)
-class StatsConfig:
-    input: tuple[str, ...] = option((), ".jsonl files, folders, globs, or - for standard input")
+class StatsConfig(SurveyConfig):
     output: str = option("", "also write the figures to this .json file")
-    force: bool = option(False, "overwrite the output if it exists")
-    text_key: str = option("text", "key of the text in rows that are no conversations")
     languages: bool = option(False, "also tell each row's language (needs py3langid; about 0.1 ms a row)")
     tokenizer: str = option("", "also count tokens with the tokenizer in this folder (in this process alone)")
     max_bad: int = option(0, "bad rows to leave out of the figures before giving up")
-    workers: int = option(0, "processes (0: one a core)")
 
     def __post_init__(self) -> None:
-        if self.max_bad < 0 or self.workers < 0:
-            raise UsageError(f"max_bad ({self.max_bad}) and workers ({self.workers}) must be at least 0")
+        super().__post_init__()
+        require_at_least(0, self, "max_bad")
 
 
 @dataclass
@@ -151,6 +160,7 @@ class Figures:
         return int((digests[1:] == digests[:-1]).sum())
 
 
+@standard_output()
 def stats(config: StatsConfig, count_tokens: Callable[[Sequence[str]], list[int]] | None = None) -> Figures:
     """Print what a corpus consists of. ``count_tokens`` gives the tokens of each of some texts."""
     files = inputs_of(config.input)
@@ -159,16 +169,16 @@ def stats(config: StatsConfig, count_tokens: Callable[[Sequence[str]], list[int]
     if config.languages:
         language_guesser()  # a missing package is told before the work
     job = partial(measure, text_key=config.text_key, languages=config.languages, count_tokens=count_tokens)
-    whole, bad = Figures(), 0
+    whole, bad = Figures(), []
     with reading("stats", files) as bar:
         for part in in_order(job, batches(files, bar), 1 if count_tokens else config.workers):
             for place, reason in part.bad:
-                bad += 1
-                if bad > config.max_bad:
-                    raise DataError(f"{place}: {reason}; see all problems with check, or leave some out with --max_bad N")
+                bad.append(f"{place}: {reason}")
+                if len(bad) > config.max_bad:
+                    raise DataError(f"{bad[-1]}; see all problems with check, or leave some out with --max_bad N")
             whole.add(part)
-    require_rows(whole.totals["rows"], files)
-    whole.totals["left out, bad"] = bad
+    require_rows(whole.totals["rows"], files, bad)
+    whole.totals["left out, bad"] = len(bad)
     whole.totals["exact repeats"] = whole.repeats()
     print(described(whole))
     if config.output:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ MARKS = {  # the longer ones first: UTF-32's little-endian mark begins with UTF-
 HIGH_BYTES = bytes(range(128, 256))
 ENOUGH_BYTES = 8192  # non-ASCII bytes to look at before deciding
 MAX_HEAD_BYTES = 4 * 2**20  # to look for them in
+FOREIGN_CHARACTERS = 4  # of three bytes in UTF-8: a line with so many of them, and no other byte, is nothing else by chance
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ def open_text(path: Path, encoding: str = "", bar: Any = None) -> Iterator[tuple
     """(how it is read, its text in pieces) of a file in the ``encoding`` named, or else detected; a BOM is no part of it.
 
     Memory does not grow with the file. Raises :class:`DataError` where no encoding is clearly the right one, and, while the
-    pieces are drawn, for the first byte that is none in it, with its line and offset.
+    pieces are drawn, for the first byte that is none in it, with its line and offset, or a line in another encoding than was
+    detected.
     """
     with open_binary(path, bar) as file:
         blocks = _blocks(path, file)
@@ -241,7 +244,10 @@ def open_text(path: Path, encoding: str = "", bar: Any = None) -> Iterator[tuple
                 found = detect(b"".join(head), whole=high < ENOUGH_BYTES and size < MAX_HEAD_BYTES)
             except DataError as error:
                 raise DataError(f"{path}: {error}") from None
-        yield found, _decode(path, found, head, blocks)
+        blocks = chain(head, blocks)
+        if found.guessed and found.name in ("gb18030", "big5"):
+            blocks = _without_utf_8(path, found, blocks)
+        yield found, _decode(path, found, blocks)
 
 
 def _blocks(path: Path, file: Any) -> Iterator[bytes]:
@@ -259,11 +265,40 @@ def _blocks(path: Path, file: Any) -> Iterator[bytes]:
         yield block
 
 
-def _decode(path: Path, found: Encoding, head: list[bytes], blocks: Iterator[bytes]) -> Iterator[str]:
+def _without_utf_8(path: Path, found: Encoding, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same blocks. Raises :class:`DataError` for a line of UTF-8, as somebody adds to the end of an older file: many of
+    them can be read as GB18030, too, as other characters.
+    """
+    number, held = 1, b""
+    for block in blocks:
+        *lines, held = (held + block).split(b"\n")
+        for line in lines:
+            _refuse_utf_8(path, found, number, line)
+            number += 1
+        if len(held) > READ_BYTES:
+            held = b"\xff"  # so long a line is not judged
+        yield block
+    _refuse_utf_8(path, found, number, held)
+
+
+def _refuse_utf_8(path: Path, found: Encoding, number: int, line: bytes) -> None:
+    if line.isascii():
+        return
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        return
+    if sum(character >= "\u0800" for character in text) >= FOREIGN_CHARACTERS:
+        raise DataError(
+            f"{path}:{number}: is UTF-8, where the file begins as {found.name}; convert this part of it, or name the --encoding"
+        )
+
+
+def _decode(path: Path, found: Encoding, blocks: Iterator[bytes]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(found.codec)()
     fed, line, first = 0, 1, True
     while True:
-        block = head.pop(0) if head else next(blocks, b"")
+        block = next(blocks, b"")
         fed += len(block)
         try:
             text = decoder.decode(block, final=not block)

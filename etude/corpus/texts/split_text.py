@@ -1,6 +1,5 @@
 """The job of tool/split_text.py: files of any encoding and size, normalised if asked for, cut into JSONL documents."""
 
-import glob
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from typing import Any, Literal
 
 from etude import paths
 from etude.cli import option
-from etude.corpus.jsonl import MAX_LINE_BYTES, Rejects, Row, kind_of, parse_object, read_rows, unencodable
-from etude.corpus.output import Output, output_to, reading, require_kind, summary, tell
+from etude.corpus.inputs import distinct, input_path, kind_of, matching
+from etude.corpus.jsonl import MAX_LINE_BYTES, Rejects, Row, as_line, parse_object, read_rows, unencodable
+from etude.corpus.output import Output, output_to, reading, require_kind, require_rows, summary, tell
 from etude.corpus.streams import PIPE
 from etude.corpus.texts.cutting import Document, End, Measure, characters, documents
 from etude.corpus.texts.encodings import Encoding, named, open_text
@@ -90,6 +90,7 @@ def split_text(config: SplitTextConfig, measure: Measure = characters) -> None:
                 _split_records(job, path, bar)
             else:
                 _split_file(job, path, bar)
+        require_rows(output.kept, files, job.rejects.reasons, what="text")
     _report(job, passed_over)
 
 
@@ -102,7 +103,7 @@ def _find(names: Sequence[str]) -> tuple[list[Path], Counter[str]]:
     found: list[Path] = []
     passed_over: Counter[str] = Counter()
     for name in names:
-        path = Path(name).expanduser()
+        path = input_path(name)
         if path == PIPE or path.is_file():
             found.append(path)
             continue
@@ -111,12 +112,12 @@ def _find(names: Sequence[str]) -> tuple[list[Path], Counter[str]]:
             matches = [file for file in below if kind_of(file) in IN_FOLDERS]
             passed_over.update(kind_of(file) or file.name for file in below if kind_of(file) not in IN_FOLDERS)
         else:
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+            matches = matching(path)
         if not matches:
             what = f"no {' '.join(sorted(IN_FOLDERS))} file in this folder" if path.is_dir() else "no such file or folder"
             raise DataError(f"{path}: {what}; check the path, or name the files")
         found += matches
-    return list(dict.fromkeys(found)), passed_over
+    return distinct(found), passed_over
 
 
 def _split_file(job: _Job, path: Path, bar: Any) -> None:
@@ -182,16 +183,25 @@ def _split_records(job: _Job, path: Path, bar: Any) -> None:
         parts = list(_documents(job, iter([cleaned]), path))
         if not parts:
             job.rejects.add(row.place, f"{config.text_key!r} is empty once normalised", row.line)
-        for number, document in enumerate(parts, 1):
-            job.ends[document.end] += 1
-            if len(parts) == 1 and cleaned == text and not config.source_key:
-                job.output.write_line(row.line)
+        if len(parts) == 1 and cleaned == text and not config.source_key:
+            lines = [row.line]
+        else:
+            try:
+                lines = [_part_line(row, document, number, path, config) for number, document in enumerate(parts, 1)]
+            except DataError as error:
+                job.rejects.add(row.place, str(error), row.line)
                 continue
-            record = {**row.record, config.text_key: document.text}
-            if config.source_key:
-                line = int(row.place.rpartition(":")[2])
-                record[config.source_key] = {"file": path.as_posix(), "line": line, "number": number}
-            job.output.write(record)
+        for document, line in zip(parts, lines, strict=True):
+            job.ends[document.end] += 1
+            job.output.write_line(line)
+
+
+def _part_line(row: Row, document: Document, number: int, path: Path, config: CutConfig) -> bytes:
+    record: dict[str, Any] = {**row.record, config.text_key: document.text}
+    if config.source_key:
+        line = int(row.place.rpartition(":")[2])
+        record[config.source_key] = {"file": path.as_posix(), "line": line, "number": number}
+    return as_line(record, row)
 
 
 def _rows(job: _Job, path: Path, bar: Any) -> Iterator[Row]:

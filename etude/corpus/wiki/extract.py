@@ -1,6 +1,5 @@
 """A Wikipedia dump → the plain text of its articles, as JSONL. Made for files of any size: nothing grows with the input."""
 
-import glob
 import re
 import time
 from collections import Counter
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from etude.cli import option
-from etude.corpus.jsonl import kind_of
-from etude.corpus.output import dump, output_to, reading, require_kind, summary, tell
+from etude.corpus.inputs import distinct, input_path, kind_of, matching
+from etude.corpus.jsonl import as_line
+from etude.corpus.output import output_to, reading, require_kind, summary, tell
 from etude.corpus.streams import PIPE
 from etude.corpus.wiki.dump import BATCH_BYTES, BadPage, Batch, Namespaces, Page, pages_of, read_batches
 from etude.corpus.wiki.wikitext import Wikitext, WikitextOptions
@@ -123,7 +123,7 @@ def clean(config: ExtractConfig, batch: Batch) -> Cleaned:
     done = Cleaned([], Counter(), [], batch.xml.count(b"</page>"), len(batch.xml))
     options = WikitextOptions(tables=config.tables, sections=config.sections, variant=config.variant)
     wikitext = _wikitext(options, batch.namespaces)
-    as_line = _as_text_line if kind_of(Path(config.output)) == ".txt" and not config.shard_bytes else _as_json_line
+    line_of = _text_line if kind_of(Path(config.output)) == ".txt" and not config.shard_bytes else _json_line
     for page in pages_of(batch):
         if isinstance(page, BadPage):
             done.bad.append((f"{batch.path}:{page.line}", page.reason, page.xml))
@@ -132,7 +132,7 @@ def clean(config: ExtractConfig, batch: Batch) -> Cleaned:
         if reason:
             done.left_out[reason] += 1
         else:
-            done.lines.append(as_line(page, text))
+            done.lines.append(line_of(page, text))
     return done
 
 
@@ -158,11 +158,11 @@ def _wikitext(options: WikitextOptions, namespaces: Namespaces) -> Wikitext:
     return Wikitext(options, namespaces={number: (name,) for number, name in namespaces})
 
 
-def _as_json_line(page: Page, text: str) -> bytes:
-    return dump({"id": page.id, "title": page.title, "text": text})
+def _json_line(page: Page, text: str) -> bytes:
+    return as_line({"id": page.id, "title": page.title, "text": text})
 
 
-def _as_text_line(page: Page, text: str) -> bytes:
+def _text_line(page: Page, text: str) -> bytes:
     return " ".join(filter(None, map(str.strip, text.split("\n")))).encode("utf-8")
 
 
@@ -170,15 +170,14 @@ def find_dumps(names: Sequence[str]) -> list[Path]:
     """The files that ``names`` give: files whatever they are called, what looks like a dump in folders, globs, and ``-``."""
     if not names:
         raise UsageError("name an --input: MediaWiki exports, folders of them, globs, or - for standard input")
-    found = [file for name in names for file in _find(Path(name).expanduser())]
-    return list(dict.fromkeys(found))
+    return distinct(file for name in names for file in _find(input_path(name)))
 
 
 def _find(path: Path) -> Iterator[Path]:
     if path == PIPE or path.is_file():
         yield path
         return
-    below = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    below = path.rglob("*") if path.is_dir() else matching(path)
     dumps = sorted(file for file in below if file.is_file() and _DUMP_NAME.search(file.name))
     if not dumps:
         what = "no .xml file in this folder" if path.is_dir() else "no such file or folder"
