@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
@@ -135,11 +136,13 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         sys.exit(main() or 0)
+    except Interrupted as error:
+        _leave(error)
     except EtudeError as error:
-        if isinstance(error, Interrupted) and os.environ.get("RANK", "0") != "0":  # as all were, and the first tells
-            sys.exit(error.exit_code)
         _fail(error, error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if isinstance(error.__context__, Interrupted):  # one more Ctrl-C, on the way from there to here
+            _leave(error.__context__)
         _fail("interrupted; nothing was left half-written", 130)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         sys.stderr.close()
@@ -151,6 +154,16 @@ def run(main: Callable[[], int | None]) -> None:
                 StorageError.exit_code,
             )
         raise
+
+
+def _leave(error: Interrupted) -> None:
+    """End a run that was asked to stop. All is saved: asking again must not spoil the exit code that tells so."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if os.environ.get("RANK", "0") != "0":  # all were asked, and the first tells
+        sys.exit(error.exit_code)
+    _fail(error, error.exit_code)
 
 
 def _fail(message: object, exit_code: int) -> None:

@@ -116,9 +116,10 @@ def export_record(output_folder: str | Path) -> dict[str, Any]:
     """What :func:`export_llama` noted beside an export: its source's fingerprint, its licence and its report."""
     try:
         record = json.loads((Path(output_folder) / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) else {}
+    texts = ("source", "license", "dtype")
+    return record if isinstance(record, dict) and all(isinstance(record.get(name, ""), str) for name in texts) else {}
 
 
 def export_is_current(model_folder: str | Path, output_folder: str | Path) -> bool:

@@ -5,7 +5,6 @@ Hugging Face's, so nothing is permuted. What remains is config.json, in a form t
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etude.errors import DataError, MismatchError, UsageError, VerificationError
+from etude.errors import DataError, MismatchError, VerificationError
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.weights import (
     MODEL_TYPE,
     build_model,
+    checked_config,
     load_model,
+    one_line,
     read_config_json,
+    read_json,
     read_safetensors,
 )
 
@@ -34,6 +36,8 @@ HF_DEFAULTS_OF = {
     "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
 }
+# What these must be where they are given and not null; the others are checked with EtudeConfig's fields.
+HF_KINDS = {"rope_scaling": dict, "rope_parameters": dict, "layer_types": list, "sliding_window": int}
 MAX_LOGIT_DIFFERENCE = 1e-4  # between Etude's logits and transformers', in fp32
 
 
@@ -75,12 +79,16 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Etude
     Raises :class:`MismatchError` naming ``source`` and all that Etude's model has no counterpart for.
     """
     kind = values.get("model_type")
-    if kind not in HF_DEFAULTS_OF:
-        raise MismatchError(f"{source}: model_type is {kind!r}; Etude can load {MODEL_TYPE}, {', '.join(HF_DEFAULTS_OF)}")
+    if not isinstance(kind, str) or kind not in HF_DEFAULTS_OF:
+        known = f"{MODEL_TYPE}, {', '.join(HF_DEFAULTS_OF)}"
+        raise MismatchError(f"{source}: model_type is {one_line(repr(kind))}; Etude can load {known}")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in sizes if values.get(name) is None]:
         raise DataError(f"{source}: lacks {', '.join(missing)}")
     values = {**HF_DEFAULTS, **HF_DEFAULTS_OF[kind], **values}
+    for name, wanted in HF_KINDS.items():
+        if not isinstance(values.get(name), wanted | None):
+            raise MismatchError(f"{source}: {name} is {one_line(repr(values[name]))}, not a {wanted.__name__}")
     rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
     if obstacles := _obstacles(values, rope):
         raise MismatchError(f"{source}: Etude's model cannot represent {', '.join(obstacles)}")
@@ -91,24 +99,26 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Etude
     same["eos_token_id"] = next(iter(eos), None) if isinstance(eos, list) else eos  # the first of several
     same |= {"rope_scaling": rope or None, "qk_norm": kind == "qwen3", "dropout": 0.0}
     try:
-        return EtudeConfig(**{**same, "rope_theta": float(rope.get("rope_theta", values["rope_theta"]))})
-    except (UsageError, TypeError, ValueError) as error:
-        raise MismatchError(f"{source}: {error}") from None
+        same["rope_theta"] = float(rope.get("rope_theta", values["rope_theta"]))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MismatchError(f"{source}: rope_theta: {one_line(error)}") from None
+    return checked_config(same, source)
 
 
 def _obstacles(values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     """What ``values`` asks for that Etude's model does not do, in words."""
     window = values.get("sliding_window") if values["model_type"] == "mistral" else None
-    layer_types = set(values.get("layer_types") or []) - {"full_attention"}
+    layer_types = [kind for kind in values.get("layer_types") or [] if kind != "full_attention"]
+    length = values["max_position_embeddings"]
     found = {
         "auto_map (a model with code of its own, which Etude never runs)": values.get("auto_map"),
         "quantization_config (quantized weights)": values.get("quantization_config"),
         "attention_bias": values.get("attention_bias"),
         "mlp_bias": values.get("mlp_bias"),
-        f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
+        f"hidden_act {one_line(values.get('hidden_act'))}": values.get("hidden_act", "silu") not in ("silu", "swish"),
         "sliding-window attention": values.get("use_sliding_window")
         or layer_types
-        or (window is not None and window < values["max_position_embeddings"]),
+        or (window is not None and isinstance(length, int) and window < length),
         "partial_rotary_factor": rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1)) not in (1, None),
         "rope_parameters that differ between layers": any(isinstance(value, dict) for value in rope.values()),
     }
@@ -160,20 +170,21 @@ def _read_hf_weights(folder: Path) -> dict[str, Tensor]:
             )
         return read_safetensors(folder / "model.safetensors")
     try:
-        shard_of = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = read_json(index_path)["weight_map"]
         shards = sorted(set(shard_of.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{index_path}: not an index of shards ({error!r}); download it again") from None
+    except (DataError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index_path}: not an index of shards ({one_line(repr(error))}); download it again") from None
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         # A plain name, so that an index cannot reach out of its folder.
-        if not isinstance(shard, str) or re.search(r"[/\\]|^\.*$", shard):
-            raise DataError(f"{index_path}: {shard!r} is not the name of a file in this folder")
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w+-][\w.+-]{0,200}", shard, re.ASCII):
+            raise DataError(f"{index_path}: {one_line(repr(shard))} is not the name of a file in this folder")
         if not (folder / shard).is_file():
             raise DataError(f"{index_path}: its shard {shard} is missing; download it again")
         tensors |= read_safetensors(folder / shard)
     if absent := sorted(shard_of.keys() - tensors.keys()):
-        raise DataError(f"{index_path}: {len(absent)} weights are in no shard, {absent[0]} among them; download them again")
+        first = one_line(absent[0])
+        raise DataError(f"{index_path}: {len(absent)} weights are in no shard, {first} among them; download them again")
     return tensors
 
 
@@ -181,19 +192,35 @@ def _read_hf_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_transformers(folder: str | Path, dtype: torch.dtype) -> Any:
-    """The model in ``folder`` as transformers reads it, in evaluation mode."""
-    return from_pretrained("AutoModelForCausalLM", folder, dtype=dtype).eval()
+    """The model in ``folder`` as transformers reads it, in evaluation mode. Nothing pickled is read."""
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, found = from_pretrained("AutoModelForCausalLM", folder, **options)
+    if missing := sorted(found["missing_keys"]):  # which transformers would make up at random, with a warning
+        raise VerificationError(f"{folder}: {len(missing)} of transformers' weights are in no file, {missing[0]} among them")
+    return model.eval()
 
 
 def from_pretrained(auto_class: str, folder: str | Path, **options) -> Any:
+    """What transformers' ``auto_class`` makes of ``folder``, whose own code is never run.
+
+    Raises :class:`MismatchError` where config.json asks for such code, :class:`VerificationError` where transformers fails.
+    """
     import transformers
 
+    values = read_config_json(folder)
+    # transformers fetches an attention kernel that is named as "owner/repository" from the hub, and runs it.
+    kernels = [key for key, value in values.items() if "_implementation" in key and "/" in str(value)]
+    if values.get("auto_map") or kernels:
+        key = "auto_map" if values.get("auto_map") else one_line(kernels[0])
+        raise MismatchError(f"{folder}/config.json: {key} names code of the model's own, which Etude never runs")
     transformers.utils.logging.set_verbosity_error()  # its advice is about transformers, not about this model
     transformers.utils.logging.disable_progress_bar()
     try:
-        return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, **options)
+        # Left out, trust_remote_code means that transformers asks whoever sits at the terminal.
+        options = {"local_files_only": True, "trust_remote_code": False, **options}
+        return getattr(transformers, auto_class).from_pretrained(folder, **options)
     except Exception as error:  # of whatever kind: transformers can make nothing of the folder
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(" ".join(str(error).split()))
         raise VerificationError(f"transformers cannot load {folder}: {reason}") from error
 
 

@@ -4,10 +4,12 @@ A step's gradient is the sum over its rows, whoever computes it, so the processe
 On a CPU two processes reach the very bits of one that takes the two halves as micro-batches.
 """
 
+import hashlib
 import os
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -162,7 +164,7 @@ class Processes:
         backend = "nccl" if self._on_gpu else "gloo"
         # NCCL's own watchdog ends the process without a word to the person, so it comes second.
         longer = 2 * timeout if backend == "nccl" else timeout
-        self._store = _fresh_store(timeout)
+        self._store = _fresh_store(self.rank, self.count, self.timeout_seconds)
         dist.init_process_group(
             backend, store=self._store, rank=self.rank, world_size=self.count,
             timeout=longer, device_id=device if backend == "nccl" else None,
@@ -257,12 +259,33 @@ def local_device(name: str) -> str:
     return name
 
 
-def _fresh_store(timeout: timedelta) -> torch.distributed.Store:
-    """torchrun's store, without what an earlier attempt left in it (``--max_restarts``): dead processes' addresses, say."""
+def _fresh_store(rank: int, count: int, timeout_seconds: float) -> torch.distributed.Store:
+    """torchrun's store, without what an earlier start left in it.
+
+    After --max_restarts the new processes get the old ones' store, and would take dead processes' addresses for those of each
+    other (https://github.com/pytorch/pytorch/issues/135712). So they agree on a name for this start, and on keys that begin with
+    it: each puts up a word of its own, and the first all that it sees, until every process has found its own among them.
+    (TORCHELASTIC_RESTART_COUNT will not do: each machine counts for itself.)
+    """
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    return torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+    mine = uuid.uuid4().hex
+    store.set(f"etude/word/{rank}", mine)
+    end = time.monotonic() + timeout_seconds
+    while time.monotonic() < end:
+        if rank == 0:
+            words = ",".join(store.get(f"etude/word/{other}").decode() for other in range(count))
+            store.set("etude/words", words)
+        else:
+            words = store.get("etude/words").decode()
+        if words.split(",")[rank : rank + 1] == [mine]:
+            start = hashlib.sha256(words.encode()).hexdigest()
+            store.set(f"{start}/{rank}", "")
+            if store.check([f"{start}/{other}" for other in range(count)]):
+                return torch.distributed.PrefixStore(start, store)
+        time.sleep(0.02)
+    raise PeerLost(f"rank {rank} of {count}: the others did not start within {timeout_seconds:g} s")
 
 
 def _is_of_the_connection(error: RuntimeError) -> bool:

@@ -22,6 +22,9 @@ TURN_END = "<|im_end|>"  # eos: what ends a reply
 RESERVED = tuple(f"<|reserved_{number}|>" for number in range(5))  # room for later needs without a new vocabulary
 SPECIAL_TOKENS = (DOCUMENT_END, TURN_START, TURN_END, *RESERVED)
 
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # of tokenizer_config.json
+MAX_FILE = 256 * 2**20  # bytes; Gemma 3's tokenizer.json, 262,144 tokens, has 33 MB
+
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # ChatML, as Qwen and many others have it. {% generation %} marks the tokens a model is to produce, for
@@ -63,12 +66,19 @@ class Tokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise MismatchError(f"{self.folder}: there is no tokenizer here; run: python train/train_tokenizer.py all")
-        self.json = path.read_text(encoding="utf-8")
+        if path.stat().st_size > MAX_FILE:
+            raise DataError(f"{path}: larger than {MAX_FILE / 2**20:.0f} MiB, which no tokenizer is; it is damaged")
         try:
+            self.json = path.read_text(encoding="utf-8")
             self._template_words = tokenizers.Tokenizer.from_str(self.json)
             self._text = tokenizers.Tokenizer.from_str(self.json)
-        except Exception as error:  # the Rust library raises bare Exception
-            raise DataError(f"{path}: not a readable tokenizer ({error})") from None
+        except BaseException as error:  # the Rust library raises bare Exception; where it panics, not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{path}: not a readable tokenizer ({str(error)[:300]!r})") from None
+        self._size = max(self.vocabulary.values(), default=-1) + 1
+        if self._size > 2 * len(self.vocabulary) + 1000:  # a few gaps are usual; sizes that nobody has memory for are not
+            raise DataError(f"{path}: {len(self.vocabulary)} tokens with ids up to {self._size - 1:,}; the file is damaged")
         self._text.encode_special_tokens = True
         for backend in (self._text, self._template_words):
             backend.no_padding()
@@ -77,13 +87,28 @@ class Tokenizer:
 
     def _read_settings(self) -> dict:
         path = self.folder / "tokenizer_config.json"
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON ({error})") from None
         template = self.folder / "chat_template.jinja"  # where newer versions of transformers keep it
-        if template.is_file():
-            settings["chat_template"] = template.read_text(encoding="utf-8")
+        settings = {}
+        for file in (path, template):
+            if not file.is_file():
+                continue
+            if file.stat().st_size > MAX_FILE:
+                raise DataError(f"{file}: larger than {MAX_FILE / 2**20:.0f} MiB, which no such file is; it is damaged")
+            try:
+                text = file.read_text(encoding="utf-8")
+                settings = settings | {"chat_template": text} if file == template else json.loads(text)
+                json.dumps(settings, ensure_ascii=False).encode("utf-8")  # half a character, "\\ud800", has no bytes
+            except (ValueError, RecursionError) as error:
+                kind = "UTF-8" if file == template else "JSON"
+                raise DataError(f"{file}: not valid {kind} ({str(error)[:300]!r})") from None
+            if not isinstance(settings, dict):
+                raise DataError(f"{file}: not a JSON object; the file is damaged")
+        if settings.get("auto_map"):
+            raise MismatchError(f"{path}: auto_map names code of the tokenizer's own, which Etude never runs")
+        for key in NAMED_TOKENS:
+            value = settings.get(key)
+            if not isinstance(value.get("content") if isinstance(value, dict) else value, str | None):
+                raise DataError(f"{path}: {key} ({str(value)[:100]!r}) is no token's text; the file is damaged")
         return settings
 
     @cached_property
@@ -99,7 +124,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """Tokens in the vocabulary, special and added ones included: the size that a model's embedding needs."""
-        return self._text.get_vocab_size(with_added_tokens=True)
+        return self._size
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; ``<|im_end|>`` in it is nine harmless characters and more, not the control token."""
@@ -178,7 +203,7 @@ class Tokenizer:
         name = self._token_name(key) or default
         found = self.id_of(name)
         if found is None:
-            raise MismatchError(f"{self.folder}: the {key} {name!r} is not in the vocabulary")
+            raise MismatchError(f"{self.folder}: the {key} {name[:100]!r} is not in the vocabulary")
         return found
 
     def render(self, messages: tuple[tuple[str, str], ...], add_generation_prompt: bool = False) -> str:
@@ -189,7 +214,9 @@ class Tokenizer:
         template = self.settings.get("chat_template")
         if not template:
             raise MismatchError(f"{self.folder}: this tokenizer has no chat template, so it cannot be used for chat or SFT")
-        tokens = {key: self._token_name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        if not isinstance(template, str):
+            raise MismatchError(f"{self.folder}: chat_template is not one template but a {type(template).__name__}; choose one")
+        tokens = {key: self._token_name(key) for key in NAMED_TOKENS}
         try:
             rendered, _ = render_jinja_template(
                 conversations=[[{"role": role, "content": content} for role, content in messages]],
@@ -197,8 +224,10 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **{key: token for key, token in tokens.items() if token},
             )
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from None
+        except Exception as error:  # a template is a small program, and fails in as many ways
+            reason = "".join(character for character in str(error)[:300] if character.isprintable())
+            whose = "" if type(error) is TemplateError else f"{self.folder}: "  # "": the template itself raises it
+            raise DataError(f"{whose}the chat template refuses this conversation: {reason}") from None
         return rendered[0]
 
     def save(self, folder: str | Path, max_length: int | None = None) -> None:

@@ -51,7 +51,9 @@ def load_config(folder: str | Path) -> EtudeConfig:
     """The config of an Etude model folder. Raises :class:`MismatchError` where there is none."""
     values = read_config_json(folder)
     if values.get("model_type") != MODEL_TYPE:
-        raise MismatchError(f"{folder}/config.json: model_type is {values.get('model_type')!r}, not {MODEL_TYPE!r}")
+        raise MismatchError(
+            f"{folder}/config.json: model_type is {one_line(repr(values.get('model_type')))}, not {MODEL_TYPE!r}"
+        )
     if values.get("auto_map"):
         raise MismatchError(f"{folder}/config.json: auto_map names code of the model's own, which Etude never runs")
     return checked_config(values, source=f"{folder}/config.json")

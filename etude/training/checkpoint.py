@@ -26,7 +26,7 @@ from etude.errors import DataError, EtudeError, MismatchError, StorageError
 from etude.files import sync, whole_folder
 from etude.parallel import Processes
 from etude.training.sharding import divided_like, local
-from etude.weights import from_disk_name, read_safetensors, to_disk_name, write_safetensors
+from etude.weights import from_disk_name, read_json, read_safetensors, to_disk_name, write_safetensors
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -152,7 +152,7 @@ def load(path: str | Path) -> Checkpoint:
     """Load one checkpoint. Raises :class:`DataError` naming the file that is missing, altered or cut short."""
     path = Path(path)
     verify(path)
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = read_json(path / "state.json")
     if state.get("schema_version") != SCHEMA_VERSION:
         raise MismatchError(
             f"{path}/state.json: schema_version {state.get('schema_version')} → {SCHEMA_VERSION}; "
@@ -165,7 +165,7 @@ def load(path: str | Path) -> Checkpoint:
 
 def _read_parts(path: Path, stem: str) -> dict[str, Tensor]:
     """Model or optimizer, put together from all parts. Numbers such as step counters are the same in each."""
-    names = part_names(stem, _shards(json.loads((path / MANIFEST).read_text(encoding="utf-8"))))
+    names = part_names(stem, _shards(read_json(path / MANIFEST)))
     parts = [read_safetensors(path / name) for name in names]
     if len(parts) == 1:
         return parts[0]
@@ -179,14 +179,14 @@ def _shards(manifest: dict[str, str]) -> int:
 
 def verify(path: Path) -> None:
     """Compare every file with the manifest's SHA-256. Raises :class:`DataError` naming the first that differs."""
+    if not (path / MANIFEST).is_file():
+        raise DataError(f"{path / MANIFEST}: missing, so the checkpoint is not complete")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         count = _shards(manifest)
         parts = [*part_names("model", count), *part_names("optimizer", count)]
         expected = {name: manifest[name] for name in (*parts, "rng.safetensors", "state.json")}
-    except FileNotFoundError:
-        raise DataError(f"{path / MANIFEST}: missing, so the checkpoint is not complete") from None
-    except (ValueError, KeyError, TypeError):
+    except (DataError, KeyError):
         raise DataError(f"{path / MANIFEST}: damaged") from None
     for name, digest in expected.items():
         if not (path / name).is_file():
@@ -230,7 +230,7 @@ def newest_good(run: str | Path) -> Checkpoint | None:
 
 def clean(run: str | Path) -> None:
     """Delete what a killed process left half-written in a run's folder. Only for whoever holds the run's lock."""
-    for folder in (Path(run), Path(run) / "checkpoints"):
+    for folder in (Path(run), Path(run) / "checkpoints", Path(run) / "best"):
         for path in folder.glob(".*.tmp"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -188,9 +188,11 @@ class Trainer:
                 self.health.check()
                 self.log.line(f"sample    {self.sample(self.model)}")
                 release(self.model)
-            if _due(self.step, every["save"], last) or stop.asked:
+            asked = stop.asked  # once: a signal that comes between saving and leaving is answered after the next step
+            if _due(self.step, every["save"], last) or asked:
                 self._save()
-            self._leave_if_asked(stop)
+            if asked:
+                self._leave_if_asked(stop)
             clock = time.perf_counter()  # what validating, sampling and saving took is no part of a step
 
     def _leave_if_asked(self, stop: StopSignals) -> None:
