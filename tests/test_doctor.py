@@ -302,7 +302,7 @@ def test_a_checkpoint_of_another_version_and_one_that_is_garbage(run):
     remake_manifest(older)
     report = look(run)
     assert_found(report, newest.name, "schema_version 1")
-    assert_found(report, older.name, "cannot be made sense of")
+    assert_found(report, older.name, "not a JSON object")
     assert_found(report, "none of 2 can be used")
 
 

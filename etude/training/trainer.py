@@ -93,7 +93,7 @@ class Trainer:
         self.tokens_seen = 0
         self.seconds = 0.0  # spent in steps, over all sessions of the run
         self.identity = identity(config, self.model.config.to_dict(), self.precision, fingerprints or {})
-        self.log: RunLog | SilentLog
+        self.log: RunLog | SilentLog = SilentLog()
         self.saver: checkpoint.Saver
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -112,7 +112,6 @@ class Trainer:
         if self.sharded:
             self._divide()
         resumed = self._resume()
-        self.log = SilentLog()
         if self.processes.is_first:
             checkpoint.require_room(self.config.output, self.model, self.optimizers, self.config.keep_checkpoints)
             self.log = RunLog(self.config.output, self.config.tracker, cli.as_dict(self.config))
