@@ -8,7 +8,7 @@ The package and its tests are copied to a temporary folder, and changed there: o
 time the tests that are named beside it run, in a forked process that imports the copy; at least one has to fail. Exit code 0:
 all did. 1: a mutation survived, or is stale: its old text does not stand in the file exactly once, so it needs a new one.
 
-Not collected by pytest. The numbers are those of the checks that the acceptance suite began with.
+Not collected by pytest. The numbers are those of the lines in docs/reliability.md.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def m(check: str, name: str, file: str, old: str, new: str, *tests: str) -> Muta
 CHECKPOINT, TRAINER, FILES = "etude/training/checkpoint.py", "etude/training/trainer.py", "etude/files.py"
 GRADIENTS, SPIKES, HEALTH = "etude/training/gradients.py", "etude/training/spikes.py", "etude/training/health.py"
 PARALLEL, SIGNALS, BATCHES = "etude/parallel.py", "etude/training/signals.py", "etude/data/batches.py"
+SHARDING, DIVIDED = "etude/training/sharding.py", "test_sharding.py::test_divided_a_model_is_trained_as_it_is_whole"
 JSONL, DUMP, BZIP2, OUTPUT = (
     "etude/corpus/jsonl.py",
     "etude/corpus/wiki/dump.py",
@@ -234,6 +235,27 @@ MUTATIONS = (
     m("8", "dropout is seeded by the row of the process", GRADIENTS,
       "row = self.processes.rows(self.config.batch_size).start", "row = 0",
       "test_parallel.py::test_dropout_drops_the_same_in_two_processes"),
+    m("9", "the gradients of a divided model are averaged", SHARDING, "module.set_gradient_divide_factor(1.0)", "pass  #", DIVIDED),
+    m("9", "the norm is that of one process's part", GRADIENTS, "if self.sharded else norm", "if False else norm", DIVIDED),
+    m("9", "weights gathered for a sample are used again", TRAINER, "                release(self.model)\n", "",
+      "test_sharding.py::test_samples_are_printed_and_training_goes_on_with_the_weights_it_has"),
+    m("9", "moments are not divided again", CHECKPOINT, "divided_like(value, parameters[index]) if value.ndim", "value if value.ndim",
+      "test_sharding.py::test_a_divided_state_comes_back_whole_and_is_divided_again"),
+    m("9", "the first part is taken for the whole", CHECKPOINT, "torch.cat([part[name] for part in parts]) if tensor.ndim", "tensor if tensor.ndim",
+      "test_sharding.py::test_a_divided_state_comes_back_whole_and_is_divided_again"),
+    m("9", "parts that are missing are not looked for", CHECKPOINT, "for name in (*parts,",
+      "for name in (*[part for part in parts if part in manifest],",
+      "test_sharding.py::test_a_missing_swapped_or_foreign_part_is_named"),
+    m("11", "an error of one process leaves the others waiting", PARALLEL,
+      "if self._store.check([FAILED]):\n                    raise StorageError(self._store.get(FAILED).decode())\n                if self._lost",
+      "if self._lost",
+      "test_sharding.py::test_an_error_of_one_disk_ends_all_with_the_checkpoint_before"),
+    m("17", "a closed terminal kills the run", SIGNALS, '("SIGINT", "SIGTERM", "SIGHUP")', '("SIGINT", "SIGTERM")',
+      "test_signals.py::test_a_run_whose_terminal_is_closed_saves_and_leaves"),
+    m("19", "restarted processes take dead ones' addresses", PARALLEL, "return torch.distributed.PrefixStore(start, store)", "return store",
+      "test_torchrun.py::test_after_one_process_dies_torchrun_starts_all_again_and_the_run_ends_as_if_none_had"),
+    m("20", "a GPU that waits is waited for", PARALLEL, "        timer.start()\n", "",
+      "test_parallel.py::test_a_gpu_that_waits_for_a_lost_process_is_left_with_the_same_message"),
     m("18", "a process heeds only its own signal", SIGNALS,
       "return self.received if self._processes.count == 1 else self._agreed", "return self.received", ONE_TOLD,
       "test_parallel_edges.py::test_no_process_leaves_before_the_save_is_on_the_disk"),
