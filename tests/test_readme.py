@@ -32,6 +32,7 @@ FOREIGN_OPTIONS = {
     "local_dir",
     "standalone",
     "nproc_per_node",
+    "max_restarts",
 }  # of hf, modelscope, torchrun
 OWN_OPTIONS = {"help", "config", "print_config"}  # of every script
 SCRIPT_FOLDERS = ("train", "tool", "inference")
