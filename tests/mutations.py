@@ -169,7 +169,7 @@ MUTATIONS = (
     m("16", "a second signal has its usual effect", SIGNALS, "        first, self.received = not self.received, True\n",
       "        first, self.received = not self.received, True\n        signal.signal(number, signal.SIG_DFL)\n",
       "test_trainer.py::test_further_signals_do_not_disturb_the_save"),
-    m("16", "nothing is saved when a run is stopped", TRAINER, 'if _due(self.step, every["save"], last) or stop.asked:',
+    m("16", "nothing is saved when a run is stopped", TRAINER, 'if _due(self.step, every["save"], last) or asked:',
       'if _due(self.step, every["save"], last):', STOPPED),
     m("16", "a stopped run leaves before its save is done", TRAINER,
       "            self.saver.wait()\n            self.processes.meet()", "            self.processes.meet()",
@@ -452,7 +452,7 @@ def copy_repository(to: Path) -> None:
             shutil.copy(source, to / name)
 
 
-def failures(copy: Path, tests: Sequence[str]) -> tuple[str, list[str]]:
+def failures(copy: Path, tests: Sequence[str], seconds: float = SECONDS) -> tuple[str, list[str]]:
     """Run tests in the copy: ("passed", "failed" or why neither can be told; what failed)."""
     output = copy / "output.txt"
     child = os.fork()
@@ -477,7 +477,7 @@ def failures(copy: Path, tests: Sequence[str]) -> tuple[str, list[str]]:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    end, status = time.monotonic() + SECONDS, None
+    end, status = time.monotonic() + seconds, None
     while status is None and time.monotonic() < end:
         found, waited = os.waitpid(child, os.WNOHANG)
         status = waited if found else None
@@ -487,7 +487,7 @@ def failures(copy: Path, tests: Sequence[str]) -> tuple[str, list[str]]:
         os.killpg(child, signal.SIGKILL)  # whatever a test has left behind
     if hung:
         os.waitpid(child, 0)
-        return "failed", [f"hung for {SECONDS} s"]
+        return "failed", [f"hung for {seconds:g} s"]
     code = os.waitstatus_to_exitcode(status)
     text = output.read_text(encoding="utf-8", errors="replace")
     failed = re.findall(r"^FAILED (?:tests/)?(.+)$", text, re.MULTILINE)
@@ -543,7 +543,7 @@ def main() -> int:
         copy_repository(copy)
         if not options.no_baseline:
             tests = sorted({test for mutation in chosen for test in mutation.tests})
-            result, failed = failures(copy, tests)
+            result, failed = failures(copy, tests, seconds=SECONDS + 10 * len(tests))
             if result != "passed":
                 print(f"unmutated, the tests do not pass: {'; '.join(failed) or result}", file=sys.stderr)
                 return 1

@@ -7,7 +7,7 @@ all zero, and it trained at full speed.
 import pytest
 import torch
 
-from etude.device import autocast, pick_precision
+from etude.device import autocast, pick_compile, pick_precision
 from etude.losses import IGNORED, causal_lm_loss
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
@@ -53,3 +53,23 @@ def test_a_compiled_loss_has_the_plain_one_s_gradient(name, packed):
         assert plain.norm() > 0
         assert abs(fast_sum / plain_sum - 1) < allowed
         assert (fast - plain).norm() / plain.norm() < allowed
+
+
+def test_a_cpu_compiles_only_what_is_long_and_only_where_a_compiler_works(monkeypatch):
+    cpu, asked = torch.device("cpu"), []
+
+    def compile(function):
+        asked.append(function)
+        return function if len(asked) == 1 else failing
+
+    def failing(_):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert not pick_compile("auto", cpu, 1e13) and not asked  # nothing is tried for a short run
+    assert pick_compile("auto", cpu, 1e15) and not pick_compile("auto", cpu, 1e15) and len(asked) == 2
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert not pick_compile("auto", cpu, 1e15) and len(asked) == 2
+    assert pick_compile("on", cpu, 1.0) and not pick_compile("off", torch.device("cuda"), 1e15)
+    assert pick_compile("auto", torch.device("cuda"), 1.0)

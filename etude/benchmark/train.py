@@ -1,6 +1,7 @@
 """Compare Etude's training step with Hugging Face's Llama: same shape, precision, optimizer and batch, in one run."""
 
 import dataclasses
+import math
 import statistics
 import tempfile
 import time
@@ -15,6 +16,7 @@ from etude.errors import UsageError
 @dataclass(frozen=True)
 class TrainBenchmark:
     preset: Literal["nano", "small", "base", "medium"] = option("small", "named shape")
+    num_hidden_layers: int | None = option(None, "layers (default: the preset's)")
     vocab_size: int = option(16_384, "tokens in the vocabulary")
     block_size: int = option(512, "tokens of a sequence")
     batch_size: int = option(64, "sequences of a step")
@@ -23,10 +25,10 @@ class TrainBenchmark:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "of matrix products; auto: what the hardware multiplies"
     )
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile, for both; auto: on for CUDA only")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile, for both; auto: as in a long run, on where it works")
     rounds: int = option(5, "rounds in which the two take turns; the medians count")
     steps: int = option(10, "steps of a round")
-    quick: bool = option(False, "a small shape and few steps: a minute on two CPU cores")
+    quick: bool = option(False, "a small shape and few steps, not compiled: a minute on two CPU cores")
     output: str = option("", "also write the figures to this .json file")
 
     def __post_init__(self) -> None:
@@ -39,40 +41,51 @@ def train(config: TrainBenchmark) -> None:
     """Compare, and print the figures."""
     if config.quick:
         quick = {"preset": "nano", "vocab_size": 4_096, "block_size": 256, "batch_size": 16, "rounds": 3, "steps": 3}
+        quick["compile"] = "off" if config.compile == "auto" else config.compile
         config = dataclasses.replace(config, **quick)
+    if config.compile == "auto":
+        from etude.device import pick_compile, pick_device
+
+        config = dataclasses.replace(
+            config, compile="on" if pick_compile("auto", pick_device(config.device), math.inf) else "off"
+        )
     with tempfile.TemporaryDirectory() as folder:
         figures = compare(config, folder)
     tell(figures, config.output)
 
 
 def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
-    """Time both, in turns, so that a machine whose speed drifts is fair to both."""
+    """Time them in turns, so that a machine whose speed drifts is fair to all. On a CPU Hugging Face's model is timed twice: as
+    Etude's, and as it comes, in fp32 and not compiled.
+    """
     import torch
 
     from etude.device import describe
 
     ours, trainer, batches = etude_step(config, folder)
     device, flops = trainer.device, trainer.model.config.training_flops_per_token(config.block_size)
-    theirs = huggingface_step(config, trainer, batches)
-    rates: dict[str, list[float]] = {"etude": [], "huggingface": []}
-    firsts = [step() for step in (ours, theirs)]  # compiles, too
-    agreement = require_agreement(*firsts)
-    for step in (ours, theirs):
+    steps = {"etude": ours, "huggingface": huggingface_step(config, trainer, batches, trainer.precision)}
+    if device.type == "cpu":
+        plain = dataclasses.replace(config, compile="off")
+        steps["huggingface plain"] = huggingface_step(plain, trainer, batches, "fp32")
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    firsts = {name: step() for name, step in steps.items()}  # compiles, too
+    agreement = require_agreement(firsts["etude"], firsts["huggingface"])
+    for step in steps.values():
         for _ in range(3):
             step()
     for _ in range(config.rounds):
-        for name, step in (("etude", ours), ("huggingface", theirs)):
+        for name, step in steps.items():
             rates[name].append(tokens_per_second(step, config, device))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     figures: dict[str, object] = {
         "machine": describe(device),
         "first step": agreement,
         "torch": torch.__version__,
-        "etude tokens/s": round(medians["etude"]),
-        "huggingface tokens/s": round(medians["huggingface"]),
-        "ratio": round(medians["etude"] / medians["huggingface"], 3),
-        "all etude": [round(rate) for rate in rates["etude"]],
-        "all huggingface": [round(rate) for rate in rates["huggingface"]],
+        "precision": trainer.precision + (", compiled" if trainer.compiled else ""),
+        **{f"{name} tokens/s": round(rate) for name, rate in medians.items()},
+        **{f"etude / {name}": round(medians["etude"] / rate, 3) for name, rate in medians.items() if name != "etude"},
+        **{f"all {name}": [round(rate) for rate in found] for name, found in rates.items()},
         "etude TFLOP/s": round(medians["etude"] * flops / 1e12, 2),
     }
     if device.type == "cuda":
@@ -90,7 +103,7 @@ def etude_step(config: TrainBenchmark, folder: str):
 
     from etude.data.batches import Batches
     from etude.losses import causal_lm_loss
-    from etude.model.config import PRESETS, EtudeConfig
+    from etude.model.config import EtudeConfig
     from etude.model.transformer import Etude
     from etude.training.config import PretrainConfig
     from etude.training.trainer import Trainer
@@ -109,7 +122,7 @@ def etude_step(config: TrainBenchmark, folder: str):
         def describe(self, number: int) -> str:
             return str(number)
 
-    shape = EtudeConfig(vocab_size=config.vocab_size, max_position_embeddings=config.block_size, **PRESETS[config.preset])
+    shape = EtudeConfig(vocab_size=config.vocab_size, max_position_embeddings=config.block_size, **shape_of(config))
     settings = PretrainConfig(
         output=folder, block_size=config.block_size, batch_size=config.batch_size, micro_batch_size=config.batch_size,
         max_steps=1_000_000, optimizer=config.optimizer, device=config.device, precision=config.precision, compile=config.compile,
@@ -138,18 +151,24 @@ def require_agreement(ours: tuple, theirs: tuple) -> str:
     return found
 
 
-def huggingface_step(config: TrainBenchmark, trainer, batches: list):
-    """LlamaForCausalLM with the same weights, shape, precision, compilation, fused AdamW and clipping."""
+def shape_of(config: TrainBenchmark) -> dict[str, int]:
+    from etude.model.config import PRESETS
+
+    layers = {} if config.num_hidden_layers is None else {"num_hidden_layers": config.num_hidden_layers}
+    return PRESETS[config.preset] | layers
+
+
+def huggingface_step(config: TrainBenchmark, trainer, batches: list, precision: str):
+    """LlamaForCausalLM with the same weights, shape, fused AdamW and clipping, in the precision and compiled as said."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from etude.device import autocast
-    from etude.model.config import PRESETS
     from etude.weights import to_disk_name
 
     shape = LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.block_size, tie_word_embeddings=True,
-        rms_norm_eps=trainer.model.config.rms_norm_eps, use_cache=False, **PRESETS[config.preset],
+        rms_norm_eps=trainer.model.config.rms_norm_eps, use_cache=False, **shape_of(config),
     )  # fmt: skip
     device = trainer.device
     model = LlamaForCausalLM(shape).to(device).train()
@@ -162,7 +181,7 @@ def huggingface_step(config: TrainBenchmark, trainer, batches: list):
 
     def step() -> tuple:
         ids, labels = batches[next(counter) % 4]
-        with autocast(device, trainer.precision):
+        with autocast(device, precision):
             loss = forward(input_ids=ids, labels=labels, shift_labels=labels).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

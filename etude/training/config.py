@@ -88,7 +88,9 @@ class TrainingConfig:
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "several processes (torchrun): ddp: each with the whole model; fsdp: model and optimizer divided over them"
     )
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on for CUDA only")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "torch.compile; auto: on for CUDA, and for long runs on a Linux CPU with a C++ compiler"
+    )
     deterministic: bool = option(False, "ask a GPU for operations whose result does not depend on timing")
     collective_timeout: float = option(600.0, "seconds after which a process that does not answer is given up (torchrun)")
     threads: int = option(0, "CPU threads (0: torch's choice)")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from etude import cli, paths
 from etude.data.batches import Batches, Samples
-from etude.device import describe, peak_flops, pick_device, pick_precision, set_deterministic
+from etude.device import describe, peak_flops, pick_compile, pick_device, pick_precision, set_deterministic
 from etude.errors import Interrupted, MismatchError, UsageError
 from etude.evaluation import LossResult, evaluate_loss
 from etude.lock import FolderLock
@@ -72,13 +72,15 @@ class Trainer:
         self.model = model.to(self.device)
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
-        self.compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile == "on"
         self.sharded = is_sharded(config, self.processes, self.precision)
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.health = Health(batches, self.device, scaled=self.precision == "fp16")
         self.spikes = Spikes(config)
 
         self.steps = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
+        self.tokens_per_step = config.batch_size * batches.samples.block_size
+        flops = model.config.training_flops_per_token(batches.samples.block_size) * self.tokens_per_step * self.steps
+        self.compiled = pick_compile(config.compile, self.device, flops)
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
         rows = self.processes.rows(config.batch_size)
         self.gradients = GradientSum(
@@ -86,7 +88,6 @@ class Trainer:
             self.processes, self.device, self.precision, min(wanted, rows.stop - rows.start), self.sharded,
         )  # fmt: skip
         self.eval_batch_size = min(wanted, config.batch_size, max(1, 8_192 // batches.samples.block_size))
-        self.tokens_per_step = config.batch_size * batches.samples.block_size
         self.step = 0  # optimizer steps done
         self.best_val_loss = math.inf
         self.validation_pending = False  # it was due at this step, but the run was asked to stop
