@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,14 @@ class RunLog:
         validation of ``step`` itself.
         """
         records = read_metrics(self.path) if self.path.exists() else []
+        if bad := damaged_lines(self.path):
+            kept_at = self.path.with_name(f"{self.path.name}.damaged")
+            shutil.copyfile(self.path, kept_at)
+            print(
+                f"warning: {self.path}:{bad[0]}: {len(bad)} damaged lines are left out; the file as it was is kept as {kept_at}",
+                file=sys.stderr,
+                flush=True,
+            )
         kept = [r for r in records if r["step"] < step or (r["step"] == step and not (revalidate and "val_loss" in r))]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -109,14 +118,26 @@ class SilentLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """The records of a metrics.jsonl; lines that are damaged, or a last one that a crash cut short, are left out."""
+    return [record for record in _metrics_lines(path) if record is not None]
+
+
+def damaged_lines(path: str | Path) -> list[int]:
+    """The numbers of lines (from 1) that are no records, but for a last one that a crash cut short."""
+    records = _metrics_lines(path) if Path(path).exists() else []
+    return [number for number, record in enumerate(records, 1) if record is None]
+
+
+def _metrics_lines(path: str | Path) -> list[dict[str, Any] | None]:
+    records: list[dict[str, Any] | None] = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        is_one = isinstance(record, dict) and isinstance(record.get("step"), int)
+        records.append(record if is_one else None)
+    return records[:-1] if records and records[-1] is None else records
 
 
 def draw_losses(metrics: str | Path, picture: str | Path, title: str = "") -> None:

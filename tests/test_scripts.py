@@ -470,3 +470,16 @@ def test_no_script_asks_or_waits_without_a_terminal(pipeline, workspace):
         os.close(reader)
         os.close(writer)
     assert done.returncode == 0
+
+
+def test_an_evaluation_replaces_nothing_but_an_earlier_one(call, tmp_path):
+    questions = write_jsonl(tmp_path / "questions.jsonl", [{"messages": []}])
+    other = tmp_path / "other.json"
+    other.write_text('{"mine": 1}')
+    for output in (questions, other):
+        before = output.read_bytes()
+        code, _, told = call("tool/evaluate.py", "--questions", questions, "--output", output)
+        assert code == 2 and "choose another --output" in told and output.read_bytes() == before
+    other.write_text('{"model": "m"}')
+    code, _, told = call("tool/evaluate.py", "--questions", questions, "--output", other)
+    assert code == 78 and "choose another" not in told  # there is no model yet

@@ -227,3 +227,15 @@ def test_samples_are_printed_and_training_goes_on_with_the_weights_it_has(make, 
     for name, every in (("plain", 0), ("sampled", 1)):
         assert in_processes(2, lambda rank, name=name, every=every: body(rank, name, every)) == [0, 0]
     assert_same(tmp_path / "sampled", {"tensors": outcome(tmp_path / "plain")["tensors"]})
+
+
+def test_parts_of_two_steps_are_not_taken_for_one(make, tmp_path):  # noqa: F811
+    """Even where somebody has made the manifest anew."""
+    assert in_processes(2, lambda rank: make("run", **DIVIDED, save_every=4).run()) == [0, 0]
+    newest, older = checkpoint.found_in(tmp_path / "run")
+    name = checkpoint.part_names("optimizer", 2)[1]
+    (newest / name).write_bytes((older / name).read_bytes())
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps(manifest | {name: checkpoint.sha256(newest / name)}))
+    with pytest.raises(DataError, match=rf"{name}: not of the same step as optimizer-00001-of-00002\.safetensors"):
+        checkpoint.load(newest)

@@ -792,3 +792,18 @@ def test_a_gpu_trains_as_a_cpu_does_and_resumes_exactly(make, tmp_path, monkeypa
     on_cpu, on_gpu = ([r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in ("cpu", "whole"))
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=close)
     assert on_gpu[-1] < on_gpu[0]
+
+
+def test_damaged_metrics_are_told_kept_aside_and_do_not_end_the_run(make, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        make("run", loss=asking_to_stop(5)).run()
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:1], b"\xff\xfe garbage\n", *lines[1:], b"[1]\n", b'{"step": 5, "lo'])
+    path.write_bytes(damaged)
+    capsys.readouterr()
+    make("run").run()
+    assert f"{path}:2: 2 damaged lines are left out; the file as it was is kept as {path}.damaged" in capsys.readouterr().err
+    assert Path(f"{path}.damaged").read_bytes() == damaged
+    make("whole").run()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

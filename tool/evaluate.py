@@ -37,6 +37,7 @@ def main() -> None:
     config = cli.parse(EvaluateConfig, __doc__)
     if not (config.text or config.conversations or config.questions):
         raise UsageError("nothing to measure; name some --text, --conversations or --questions")
+    require_no_other_file(config.output)
     from etude.data.pretrain import PretrainBlocks, prepare_pretrain
     from etude.data.sft import SFTRows, prepare_sft
     from etude.evaluation import ask, evaluate_loss, read_questions
@@ -82,6 +83,21 @@ def main() -> None:
         with whole_file(config.output) as path:
             path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written       {paths.typed(Path(config.output))}")
+
+
+def require_no_other_file(output: str) -> None:
+    """Raise :class:`UsageError` if results written to ``output`` would replace anything but earlier results."""
+    path = Path(output)
+    if not output or (path.suffix == ".json" and not path.exists()):
+        return
+    try:
+        earlier = path.suffix == ".json" and "model" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        earlier = False
+    if not earlier:
+        raise UsageError(
+            f"{output}: not a name ending in .json, or a file that holds no results of this tool; choose another --output"
+        )
 
 
 if __name__ == "__main__":

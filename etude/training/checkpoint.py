@@ -169,6 +169,12 @@ def _read_parts(path: Path, stem: str) -> dict[str, Tensor]:
     parts = [read_safetensors(path / name) for name in names]
     if len(parts) == 1:
         return parts[0]
+    for name, part in zip(names, parts, strict=True):
+        counters = {
+            key for key, tensor in part.items() if tensor.ndim == 0 and not torch.equal(tensor, parts[0].get(key, tensor))
+        }
+        if wrong := sorted((part.keys() ^ parts[0].keys()) | counters):
+            raise DataError(f"{path / name}: not of the same step as {names[0]} ({wrong[0]} differs); restore the checkpoint")
     return {name: torch.cat([part[name] for part in parts]) if tensor.ndim else tensor for name, tensor in parts[0].items()}
 
 
