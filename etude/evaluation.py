@@ -77,14 +77,15 @@ def evaluate_loss(
                 continue
             start = starts[index if mine else 0]
             batch = to_device(as_tensors(samples.load(numbers[start : start + batch_size])), device)
-            with autocast(device, precision):
+            with processes.overseen("while validating"), autocast(device, precision):
                 result = loss(model, batch)
-            if mine:
-                sums[0, index] = result.sum.cpu().double()  # in this order: Metal has no fp64
-                sums[1, index] = int(result.weight)
+                if mine:
+                    sums[0, index] = result.sum.cpu().double()  # in this order: Metal has no fp64
+                    sums[1, index] = int(result.weight)
     finally:
         model.train(was_training)
-    sums = processes.sum(sums.to(device) if device.type == "cuda" else sums).cpu()
+    with processes.overseen("while validating"):
+        sums = processes.sum(sums.to(device) if device.type == "cuda" else sums).cpu()
     return LossResult(math.fsum(sums[0].tolist()), int(sums[1].sum()))
 
 

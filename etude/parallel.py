@@ -37,6 +37,7 @@ class Processes:
         self._store: torch.distributed.Store  # what processes leave for one another, by key
         self._counts: Counter[tuple[str, str, int]] = Counter()  # messages by kind, subject and rank
         self._on_gpu = False
+        self._failed = False  # what is told as a failure is this process's own
         self._lost = False  # a collective failed: nobody is going to answer
 
     @property
@@ -78,9 +79,9 @@ class Processes:
         import torch.distributed as dist
 
         self._step = step
-        self._store.set(f"etude/step/{self.rank}", str(step))
         flags = torch.tensor([int(flag)])
         with self._telling("meeting after the step"):
+            self._store.set(f"etude/step/{self.rank}", str(step))
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
         return bool(flags.item())
 
@@ -117,7 +118,7 @@ class Processes:
         process failed in :meth:`failing_together`.
         """
         key = self._key("heard", subject, rank)
-        end = time.monotonic() + self.timeout_seconds
+        end = time.monotonic() + 10 * self.timeout_seconds  # the others may be writing to a slow disk
         try:
             while not self._store.check([key]):  # asked, not awaited: waiting would keep the store from the thread that trains
                 if self._store.check([FAILED]):
@@ -129,7 +130,7 @@ class Processes:
         except RuntimeError as error:
             raise PeerLost(
                 f"rank {self.rank} of {self.count}, after step {self._step}: no word of rank {rank}'s {subject} within "
-                f"{self.timeout_seconds:g} s, or the connection broke. Start it again, and it goes on from the last checkpoint"
+                f"{10 * self.timeout_seconds:g} s, or the connection broke. Start it again, and it goes on from the last checkpoint"
             ) from error
 
     @contextmanager
@@ -138,12 +139,16 @@ class Processes:
         try:
             yield
         except Exception as error:
-            if self.count > 1 and not isinstance(error, PeerLost):
+            if self.count > 1 and not (self._failed or isinstance(error, PeerLost)):
                 with suppress(RuntimeError):  # who keeps the store is gone
                     if self._store.check([FAILED]):  # so this error comes of that one
                         raise StorageError(self._store.get(FAILED).decode()) from error
-                    self._store.set(FAILED, f"rank {self.rank} of {self.count}: {error}")
+                    self._tell_failure(error)
             raise
+
+    def _tell_failure(self, error: BaseException) -> None:
+        self._failed = True
+        self._store.set(FAILED, f"rank {self.rank} of {self.count}: {error}")
 
     def _key(self, kind: str, subject: str, rank: int) -> str:
         self._counts[kind, subject, rank] += 1
@@ -164,20 +169,30 @@ class Processes:
         backend = "nccl" if self._on_gpu else "gloo"
         # NCCL's own watchdog ends the process without a word to the person, so it comes second.
         longer = 2 * timeout if backend == "nccl" else timeout
-        self._store = _fresh_store(self.rank, self.count, self.timeout_seconds)
-        dist.init_process_group(
-            backend, store=self._store, rank=self.rank, world_size=self.count,
-            timeout=longer, device_id=device if backend == "nccl" else None,
-        )  # fmt: skip
-        self._control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
+        try:
+            self._store = _fresh_store(self.rank, self.count, self.timeout_seconds)
+            dist.init_process_group(
+                backend, store=self._store, rank=self.rank, world_size=self.count,
+                timeout=longer, device_id=device if backend == "nccl" else None,
+            )  # fmt: skip
+            self._control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
+        except RuntimeError as error:
+            raise PeerLost(
+                f"rank {self.rank} of {self.count}: the others did not start within {self.timeout_seconds:g} s, or the connection "
+                "broke. Start it again"
+            ) from error
         try:
             with self.watching():
                 yield
         except Interrupted:  # all of them, after the same step
             dist.destroy_process_group()
             raise
-        except BaseException:
-            raise  # leaving in order would wait for the others, who may be waiting for us; torchrun ends them with this one
+        except BaseException as error:
+            # Leaving in order would wait for the others. They may be waiting for us; torchrun ends them with this process.
+            with suppress(RuntimeError):
+                if not self._store.check([FAILED]):
+                    self._tell_failure(error)
+            raise
         else:
             self.meet()
             dist.destroy_process_group()
@@ -218,6 +233,8 @@ class Processes:
         """Turn a collective's timeout or broken connection into one line that names who is missing."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise self._peer_lost(doing) from error
 
@@ -259,7 +276,7 @@ def local_device(name: str) -> str:
     return name
 
 
-def _fresh_store(rank: int, count: int, timeout_seconds: float) -> torch.distributed.Store:
+def _fresh_store(rank: int, count: int, timeout_seconds: float) -> "torch.distributed.Store":  # some builds have none
     """torchrun's store, without what an earlier start left in it.
 
     After --max_restarts the new processes get the old ones' store, and would take dead processes' addresses for those of each
@@ -290,7 +307,7 @@ def _fresh_store(rank: int, count: int, timeout_seconds: float) -> torch.distrib
 
 def _is_of_the_connection(error: RuntimeError) -> bool:
     # gloo raises no class of its own.
-    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -271,3 +271,17 @@ def test_a_gpu_that_waits_for_a_lost_process_is_left_with_the_same_message(capfd
 
     assert in_processes(2, body, seconds=3)[0] == 75
     assert "rank 0 of 2, after step 7, in step 8: no answer within 0.5 s" in capfd.readouterr().err
+
+
+def test_running_out_of_memory_is_not_taken_for_a_lost_process():
+    with pytest.raises(torch.OutOfMemoryError), Processes(0, 2)._telling("adding up the gradients"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_process_that_is_missing_at_the_start_is_told(make, capfd):  # noqa: F811
+    def body(rank):
+        if rank == 0:
+            make("run", **TWO, collective_timeout=1.0).run()
+
+    assert in_processes(2, body, seconds=20)[0] == 75
+    assert "rank 0 of 2: the others did not start within 1 s" in capfd.readouterr().err

@@ -118,7 +118,7 @@ def test_divided_runs_that_are_killed_and_stopped_end_as_if_they_had_not_been(ma
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_killed_while_writing_its_part_the_checkpoint_before_is_loaded(make, tmp_path, lost):  # noqa: F811
-    settings = {**DIVIDED, "save_every": 2, "collective_timeout": 5.0}
+    settings = {**DIVIDED, "save_every": 2}
 
     def body(rank):
         write = checkpoint.write_safetensors
@@ -239,3 +239,47 @@ def test_parts_of_two_steps_are_not_taken_for_one(make, tmp_path):  # noqa: F811
     (newest / "manifest.json").write_text(json.dumps(manifest | {name: checkpoint.sha256(newest / name)}))
     with pytest.raises(DataError, match=rf"{name}: not of the same step as optimizer-00001-of-00002\.safetensors"):
         checkpoint.load(newest)
+
+
+def test_a_manifest_of_no_parts_at_all_is_damaged(make, tmp_path, capsys):  # noqa: F811
+    make("run", save_every=4).run()
+    newest, older = checkpoint.found_in(tmp_path / "run")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    names = {
+        "model.safetensors": "model-00000-of-00000.safetensors",
+        "optimizer.safetensors": "optimizer-00000-of-00000.safetensors",
+    }
+    (newest / "manifest.json").write_text(json.dumps({names.get(name, name): digest for name, digest in manifest.items()}))
+    assert checkpoint.newest_good(tmp_path / "run").path == older
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_the_process_that_fails_in_writing_keeps_its_own_error(make, tmp_path, capfd, who):  # noqa: F811
+    def body(rank):
+        write = checkpoint.write_safetensors
+
+        def failing(values, path):
+            if rank == who and "step-00000004" in str(path):
+                raise DataError("not to be written")
+            write(values, path)
+
+        checkpoint.write_safetensors = failing
+        make("run", **DIVIDED, save_every=4, max_steps=4).run()  # no collective follows that would tell the others
+
+    codes = in_processes(2, body, seconds=30)
+    # Here the first process keeps the store, and takes it along; under torchrun it stays.
+    assert codes[who] == DataError.exit_code and codes[1 - who] in (StorageError.exit_code, 75)
+    assert f"rank {who}: not to be written" in capfd.readouterr().err
+
+
+def test_muon_is_refused_where_a_process_would_have_no_row_of_a_matrix(make, capfd):  # noqa: F811
+    settings = {
+        **DIVIDED,
+        "batch_size": 3,
+        "optimizer": "muon",
+        "hidden_size": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 2,
+    }
+    assert in_processes(3, lambda rank: make("run", **settings).run()) == [UsageError.exit_code] * 3
+    assert "a matrix of the model has 2 rows, fewer than the 3 processes" in capfd.readouterr().err

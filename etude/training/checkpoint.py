@@ -31,7 +31,7 @@ from etude.weights import from_disk_name, read_json, read_safetensors, to_disk_n
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
-PART = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+PART = re.compile(r"model-\d{5}-of-(?!00000)(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ class TrainingConfig:
         "auto", "torch.compile; auto: on for CUDA, and for long runs on a Linux CPU with a C++ compiler"
     )
     deterministic: bool = option(False, "ask a GPU for operations whose result does not depend on timing")
-    collective_timeout: float = option(600.0, "seconds after which a process that does not answer is given up (torchrun)")
+    collective_timeout: float = option(
+        600.0, "seconds after which a process that does not answer is given up (torchrun); a step must take less"
+    )
     threads: int = option(0, "CPU threads (0: torch's choice)")
 
     log_every: int = option(10, "steps between records in metrics.jsonl")

@@ -29,12 +29,20 @@ def is_sharded(config: TrainingConfig, processes: Processes, precision: str) -> 
     return True
 
 
-def shard(model: Etude, device: torch.device) -> None:
-    """Divide ``model``, which is whole and the same in every process, over all of them; its parameters become DTensors."""
+def shard(model: Etude, device: torch.device, optimizer: str) -> None:
+    """Divide ``model``, which is whole and the same in every process, over all of them; its parameters become DTensors on
+    ``device``. Raises :class:`UsageError` for a matrix of fewer rows than processes, under Muon, which cannot take empty parts.
+    """
+    count = torch.distributed.get_world_size()
+    fewest = min(parameter.shape[0] for layer in model.layers for parameter in layer.parameters() if parameter.ndim > 1)
+    if optimizer == "muon" and fewest < count:
+        raise UsageError(
+            f"a matrix of the model has {fewest} rows, fewer than the {count} processes; use --optimizer adamw or ddp"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (count,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     # The embedding and the head stay gathered from the forward to the backward pass: the loss reads the head in between.

@@ -69,11 +69,11 @@ class Trainer:
         self.precision = pick_precision(config.precision, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams and events are the current device's
-        self.model = model.to(self.device)
+        self.sharded = is_sharded(config, self.processes, self.precision)
+        self.model = model if self.sharded else model.to(self.device)
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
-        self.sharded = is_sharded(config, self.processes, self.precision)
-        self.optimizers = make_optimizers(self.model, config, self.device)
+        self.optimizers = [] if self.sharded else make_optimizers(self.model, config, self.device)
         self.health = Health(batches, self.device, scaled=self.precision == "fp16")
         self.spikes = Spikes(config)
 
@@ -139,7 +139,7 @@ class Trainer:
         if self.compiled:  # layer by layer: gathering weights in between cannot be compiled
             for layer in self.model.layers:
                 layer.compile(dynamic=False)
-        shard(self.model, self.device)
+        shard(self.model, self.device, self.config.optimizer)
         self.optimizers = make_optimizers(self.model, self.config, self.device)
 
     def _loop(self, loader: ThreadPoolExecutor, stop: StopSignals) -> None:
@@ -186,7 +186,8 @@ class Trainer:
                 self._validate(stop)
             if every["sample"] and _due(self.step, every["sample"], last) and self.sample and not stop.asked:
                 self.health.check()
-                self.log.line(f"sample    {self.sample(self.model)}")
+                with self.processes.overseen("while sampling"):
+                    self.log.line(f"sample    {self.sample(self.model)}")
                 release(self.model)
             asked = stop.asked  # once: a signal that comes between saving and leaving is answered after the next step
             if _due(self.step, every["save"], last) or asked:
@@ -356,7 +357,11 @@ class Trainer:
     def _save_model(self, folder: str) -> None:
         weights = {}
         if self.processes.is_first or self.sharded:  # of a divided model all have a part
-            weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+            with self.processes.overseen("while gathering the model"):
+                for name, tensor in self.model.state_dict().items():
+                    gathered = whole(tensor)
+                    if self.processes.is_first:
+                        weights[name] = gathered.cpu()
         if self.processes.is_first:
             save_model(self.model, folder, weights)
             self.tokenizer.save(folder, max_length=self.model.config.max_position_embeddings)
