@@ -24,6 +24,7 @@ from etude.doctor.config import DoctorConfig
 from etude.doctor.curve import Origin, look_at_curve
 from etude.doctor.examine import examine, kind_of
 from etude.doctor.report import Report
+from etude.doctor.run import look_at_checkpoints
 from etude.errors import DataError, UsageError
 from etude.losses import IGNORED, causal_lm_loss
 from etude.runlog import RunLog
@@ -267,7 +268,6 @@ def test_files_of_two_steps_in_one_checkpoint(run):
     [
         ("optimizer.safetensors", "has made 6 updates, state.json tells of 12"),
         ("state.json", "state.json is of step 6"),
-        ("model.safetensors", "model.safetensors is the same file as in"),
         ("rng.safetensors", "rng.safetensors is the same file as in"),
     ],
 )
@@ -276,6 +276,53 @@ def test_a_manifest_remade_over_mixed_files_hides_nothing(run, name, expected):
     shutil.copy(older / name, newest)
     remake_manifest(newest)
     assert_found(look(run), expected)
+
+
+def test_equal_files_that_training_leaves_give_no_alarm(run):
+    """The last step's learning rate may be 0, and fp16 leaves out steps that overflow."""
+    newest, older = checkpoint.found_in(run)
+    shutil.copy(older / "model.safetensors", newest)
+    remake_manifest(newest)
+    shutil.copy(older / "model.safetensors", run)
+    report = look(run)
+    assert_found(report, "model.safetensors is the same file as in step-00000006", "learning rate was 0", level="warn")
+    assert_sound(report)
+    for name in ("optimizer.safetensors", "rng.safetensors"):
+        shutil.copy(older / name, newest)
+    rewrite(newest / "state.json", lambda state: state.update(scaler={"scale": 1.0}))
+    remake_manifest(newest)
+    assert_sound(look(run))
+
+
+def test_of_equal_optimizers_the_one_that_disagrees_is_named(run):
+    newest, older = checkpoint.found_in(run)
+    shutil.copy(newest / "optimizer.safetensors", older)
+    remake_manifest(older)
+    assert_found(look(run), "optimizer.safetensors is the same file", "delete step-00000006, whose files do not agree")
+
+
+def test_a_finished_run_whose_checkpoints_are_damaged(run):
+    newest, older = checkpoint.found_in(run)
+    (newest / "rng.safetensors").write_bytes(b"")
+    report = look(run)
+    assert any("final model: its checkpoint (step 12) is damaged" in said for said in told(report, "--"))
+    assert not any("older than the run" in said for said in told(report, "warn"))
+    (older / "rng.safetensors").write_bytes(b"")
+    assert_found(look(run), "none of 2 can be used", f"--init_from {run}")
+    (run / "model.safetensors").write_bytes(b"")
+    assert not any("--init_from" in said for said in told(look(run), "BAD"))
+
+
+def test_what_is_kept_of_the_newest_checkpoint_is_not_its_optimizer(run):
+    newest = look_at_checkpoints(run, Report(lambda line: None))
+    assert newest.step == 12 and newest.model and not newest.optimizer and not newest.rng
+
+
+def test_a_best_model_with_another_tokenizer(run, tmp_path):
+    train_tokenizer([text.upper() for text in TEXTS] * 3, tmp_path / "other", vocab_size=320).save(run / "best")
+    assert_found(look(run), "trained tokenizer", "best has another vocabulary", "than the run")
+    shutil.rmtree(run / "checkpoints")
+    assert_found(look(run), "trained tokenizer", "best has another vocabulary", "than the one in")
 
 
 def test_optimizer_state_of_another_model(run):
@@ -572,7 +619,9 @@ def test_an_end_token_that_was_never_learnt(place, chats, pretrained, tmp_path):
     assert_found(look(run), "end token", "likelier by", "so it was not learnt")
     assert told(look(run), "BAD") == [said for said in told(look(run), "BAD") if said.startswith("end token")]
     # Nothing is known of this one's training, so what is said is open.
-    assert_found(look(run / "best", chats), "end token", "if this is a pretrained model", "if it had SFT")
+    report = look(run / "best", chats)
+    assert_found(report, "end token", "if this is a pretrained model", "if it had SFT", level="warn")
+    assert_sound(report)
     assert_found(look(pretrained / "best", chats), "end token", "a short training, or none in chat", level="warn")
 
 
@@ -629,6 +678,40 @@ def test_validation_rows_that_training_sees(tmp_path, texts, run):
     assert_found(report, "near leakage", "1 of 3", f"{val}:3 is like {train}:51", level="warn")
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "Something else altogether, and more of it."}])
     assert_sound(look(train, val_data=(str(other),)))
+
+
+def test_what_was_read_in_part_is_not_called_sound(tmp_path):
+    """A leak or a copy beyond the rows that were read is not denied."""
+    rows = [{"text": " ".join(f"w{number * word}x" for word in range(7, 19))} for number in range(1, 61)]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    val = write_jsonl(tmp_path / "val.jsonl", rows[55:56])
+    report = look(train, val_data=(str(val),), max_rows=50)
+    expected = (
+        "data: duplicates: none among the first 50 rows",
+        "leakage: none of 1",
+        "near leakage: no validation row is much",
+    )
+    for piece in expected:
+        assert any(said.startswith(piece) and "--max_rows 0 reads all" in said for said in told(report, "--")), piece
+    report = look(train, val_data=(str(val),), max_rows=0)
+    assert_found(report, "leakage", "1 of 1 validation rows")
+    assert any("near leakage: no validation row is left to compare" in said for said in told(report, "--"))
+
+
+def test_text_and_conversations_are_named_apart(tmp_path, texts, chats):
+    report = look(texts, chats)
+    assert_found(report, "data: text (", "texts.jsonl) and conversations (", "name them apart")
+    assert report.count("BAD") == 1
+    assert_found(look(texts, val_data=(str(chats),)), "val_data: conversations, where data are text")
+    report = look(write_jsonl(tmp_path / "none.jsonl", [{"words": "x"}] * 3))
+    assert_found(report, "3 bad beside 0 good")
+    assert not any("--max_bad" in said for said in told(report, "BAD"))
+
+
+def test_lengths_are_counted_on_evenly_spaced_rows(chats, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr("etude.doctor.data.LENGTHS", 30)
+    report = look(chats, tokenizer_folder)
+    assert any("every reply of 30 conversations (evenly spaced, of 80)" in said for said in told(report, "ok"))
 
 
 def test_without_the_library_near_copies_are_told_as_not_looked_at(tmp_path, texts, monkeypatch):
@@ -714,6 +797,21 @@ def test_curves_out_of_line(tmp_path, losses, pieces):
     assert_found(curve(tmp_path, losses), *pieces)
 
 
+@pytest.mark.parametrize("deviation", [0.5, 0.8, 1.2])
+def test_the_noise_of_small_batches_gives_no_alarm(tmp_path, deviation):
+    """Three records in a row above the last eight come by chance, once in a few hundred; so may eight."""
+    for seed in range(3):
+        noise = torch.randn(6000, generator=torch.Generator().manual_seed(seed)).mul(deviation).tolist()
+        losses = [max(0.05, 1.4 + 0.8 * math.exp(-n / 100) + off) for n, off in enumerate(noise)]
+        assert_sound(curve(tmp_path, losses, Origin(320, from_scratch=False)))
+
+
+def test_a_jump_at_the_end_is_a_warning_until_more_is_known(tmp_path):
+    report = curve(tmp_path, [*falling(40), *falling(60)[:5]])
+    assert_found(report, "jumps from", "step 41", "look again later", level="warn")
+    assert_sound(report)
+
+
 def test_a_spike_that_heals_and_overfitting_are_warnings(tmp_path):
     report = curve(tmp_path, [*falling(60), 9.0, *falling(60)[40:]])
     assert_found(report, "1 spikes that healed", "step 61", level="warn")
@@ -733,7 +831,7 @@ def test_a_damaged_metrics_file(run):
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines[4] = "{"
     (run / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert_found(look(run), "metrics.jsonl:5: not JSON")
+    assert_found(look(run), "metrics.jsonl:5: not a record")
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------------------------
@@ -782,6 +880,12 @@ def test_what_is_named_must_exist_before_anything_is_looked_at(chats):
         look(chats, Path("nowhere"))
     with pytest.raises(UsageError, match="name what to look at"):
         DoctorConfig()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl"])
+def test_a_part_of_a_folder_is_told_to_be_one(pretrained, name):
+    with pytest.raises(DataError, match="name the folder it lies in"):
+        look(pretrained / name)
 
 
 def test_names_from_elsewhere_cannot_command_the_terminal():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from etude.doctor.report import Report, some_of
-from etude.runlog import read_metrics
+from etude.runlog import damaged_lines, read_metrics
 
 JUDGED_STEPS = 50  # shorter runs are rehearsals: their loss may well have stood still
 WINDOW = 8  # records that a record is compared with
@@ -40,12 +40,8 @@ def last_loss(path: Path) -> float | None:
 
 def look_at_curve(path: Path, origin: Origin, report: Report) -> None:
     read = read_metrics(path)
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    if lines > len(read) + 1:  # the last line may be one that a crash cut short
-        report.bad(
-            "metrics.jsonl",
-            f"{path}:{len(read) + 1}: not JSON; what comes after it ({lines - len(read) - 1} lines) is not read",
-        )
+    if damaged := damaged_lines(path):
+        report.bad("metrics.jsonl", f"{path}:{damaged[0]}: not a record of a step ({len(damaged):,} such lines, left out here)")
     records = _usable(read)
     train, val, norms = (points(records, name) for name in ("loss", "val_loss", "grad_norm"))
     if not train:
@@ -165,17 +161,30 @@ def _look_at_progress(train: list[Point], origin: Origin, report: Report) -> Non
 
 
 def _look_for_jumps(train: list[Point], report: Report) -> None:
-    """A spike heals with the next record or two. A jump stays: weights or optimizer state were lost, as a bad resume does it."""
+    """A spike heals within some records. A jump stays: weights or optimizer state were lost, as a bad resume does it.
+
+    Small batches alone throw three records, and once in some ten thousand eight, above all of the eight before. So most of those
+    after a jump have to be far above, by the noise of the records before, too.
+    """
     spikes = []
     for index in range(LEAST, len(train)):
         before = [point.value for point in train[max(0, index - WINDOW) : index]]
         usual, highest = statistics.median(before), max(before)
-        if train[index].value < max(usual + 1, 1.3 * usual, highest + 0.5):
+        far = max(usual + 1, 1.3 * usual, highest + 0.5)
+        if train[index].value < far:
             continue
-        after = [point.value for point in train[index : index + 3]]
-        if len(after) < 3 or min(after) < highest:
+        after = [point.value for point in train[index : index + WINDOW]]
+        noise = _noise([point.value for point in train[max(0, index - 4 * WINDOW) : index]])
+        if min(after) < highest or statistics.median(after) < max(far, usual + 4 * noise):
             spikes.append(train[index])
             continue
+        if len(after) < WINDOW:
+            report.warn(
+                "loss curve",
+                f"jumps from {usual:.2f} (step {train[index - 1].step}) to {train[index].value:.2f} (step {train[index].step}); too few "
+                "records follow to tell whether it stays there, so look again later",
+            )
+            break
         report.bad(
             "loss curve",
             f"jumps from {usual:.2f} (step {train[index - 1].step}) to {train[index].value:.2f} (step {train[index].step}) and stays "
@@ -187,6 +196,11 @@ def _look_for_jumps(train: list[Point], report: Report) -> None:
             "loss curve",
             f"{len(spikes)} spikes that healed ({_steps(spikes)}); many of them: lower --learning_rate, or --skip_spikes",
         )
+
+
+def _noise(values: list[float]) -> float:
+    """Standard deviation of records about their trend, which differences of neighbours leave out; robust against spikes."""
+    return statistics.median(abs(later - earlier) for earlier, later in pairwise(values)) / (0.6745 * math.sqrt(2))
 
 
 def _look_for_overfitting(train: list[Point], val: list[Point], report: Report) -> None:

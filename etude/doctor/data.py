@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ from etude.corpus.rows.near import NearIndex, signatures
 from etude.data.sft import cut, read_conversation
 from etude.data.tokens import goes_to_validation
 from etude.doctor.report import Report, some_of
-from etude.errors import DataError, UsageError
+from etude.errors import DataError, MismatchError, UsageError
 from etude.tokenizer import TURN_END, TURN_START, Tokenizer
 
 NEAR, NGRAM, NUM_PERM = 0.8, 5, 128  # what process_jsonl.py dedup takes for near-duplicates
 TEACH_NOTHING = 0.01  # rows without a learnt token: above this share more than a few odd ones, so an alarm
+READ_ALL = "--max_rows 0 reads all"
 NO_END = 0.5  # rows cut inside their reply: above this share most replies never show their end
 ROUND_TRIPS = 1_000  # rows whose text is encoded and read back
+LENGTHS = 10_000  # conversations whose tokens are counted
 
 
 class Row(NamedTuple):
@@ -55,9 +58,16 @@ class Reading:
 
 
 def read_data(name: str, sources: Sequence[str], how: Reading) -> DataSet:
-    """The rows of a data set, read by what training reads them with. Raises :class:`DataError` where there is no file."""
+    """The rows of a data set, read by what training reads them with.
+
+    Raises :class:`DataError` where there is no file, :class:`MismatchError` for files of two kinds.
+    """
     files = find_files(sources)
-    conversations = _holds_conversations(files, how.text_key) if how.conversations is None else how.conversations
+    kinds = {file: found for file in files if (found := _holds_conversations(file, how.text_key)) is not None}
+    if len(set(kinds.values())) == 2:
+        text, chat = (next(file for file, found in kinds.items() if found is kind) for kind in (False, True))
+        raise MismatchError(f"text ({text}) and conversations ({chat}) together: no stage learns both; name them apart")
+    conversations = any(kinds.values()) if how.conversations is None else how.conversations
     rejects, rows, whole = Rejects(max_bad=sys.maxsize), [], True
     for file in files:
         try:
@@ -87,16 +97,19 @@ def _rows_of(file: Path, rejects: Rejects, conversations: bool, how: Reading):
         yield Row(place, "\n".join(message["content"] for message in messages), messages)
 
 
-def _holds_conversations(files: Sequence[Path], text_key: str) -> bool:
-    """What the first record of all is decides: one file that mixes both is wrong for either stage."""
-    for file in files:
-        if kind_of(file) == ".jsonl":
-            try:
-                for _, record in read_records(file, Rejects(sys.maxsize)):
-                    return record.get(text_key) is None and is_conversation(record)
-            except DataError:
-                continue  # told when the rows are read
-    return False
+def _holds_conversations(file: Path, text_key: str) -> bool | None:
+    """What a file's first record is decides: a file that mixes both is wrong for either stage. None where the first hundred are
+    neither.
+    """
+    if kind_of(file) != ".jsonl":
+        return False
+    try:
+        for _, record in islice(read_records(file, Rejects(sys.maxsize)), 100):
+            if record.get(text_key) is not None or is_conversation(record):
+                return record.get(text_key) is None
+    except DataError:
+        pass  # told when the rows are read
+    return None
 
 
 def look_at_rows(data: DataSet, max_bad: int, report: Report) -> None:
@@ -104,15 +117,16 @@ def look_at_rows(data: DataSet, max_bad: int, report: Report) -> None:
     what = "conversations" if data.conversations else "texts"
     if data.bad:
         tell = report.warn if data.rows and len(data.bad) <= max_bad else report.bad
+        skip = ", or let training skip so many with --max_bad" if data.rows else ""
         tell(
             f"{data.name}: lines",
             f"{len(data.bad):,} bad beside {len(data.rows):,} good: {some_of(data.bad)}; mend or remove them "
-            "(process_jsonl.py check lists all), or let training skip so many with --max_bad",
+            f"(process_jsonl.py check lists all){skip}",
         )
     elif not data.rows:
         report.bad(f"{data.name}: lines", "there is no row, so nothing to learn; check the path")
     else:
-        part = "" if data.whole else " (the first ones; --max_rows 0 reads all)"
+        part = "" if data.whole else f" (the first ones; {READ_ALL})"
         report.ok(f"{data.name}: lines", f"{len(data.rows):,} {what}{part}, none bad")
     firsts: dict[bytes, str] = {}
     copies = []
@@ -123,11 +137,17 @@ def look_at_rows(data: DataSet, max_bad: int, report: Report) -> None:
     if copies:
         report.warn(
             f"{data.name}: duplicates",
-            f"{len(copies):,} of {len(data.rows):,} rows are exact copies: {some_of(copies)}; "
+            f"{len(copies):,} of {_first(data)} rows are exact copies: {some_of(copies)}; "
             "they are learnt by heart more easily; process_jsonl.py dedup leaves them out",
         )
+    elif not data.whole:
+        report.not_looked(f"{data.name}: duplicates", f"none among {_first(data)} rows, and no more were read; {READ_ALL}")
     elif data.rows:
         report.ok(f"{data.name}: duplicates", "no row occurs twice")
+
+
+def _first(data: DataSet) -> str:
+    return f"{len(data.rows):,}" if data.whole else f"the first {len(data.rows):,}"
 
 
 def _digest(text: str) -> bytes:
@@ -149,48 +169,65 @@ def look_for_leakage(train: DataSet, val: DataSet, report: Report) -> None:
         return
     places = {_digest(row.text): row.place for row in train.rows}
     copies = [f"{row.place} is {places[_digest(row.text)]}" for row in val.rows if _digest(row.text) in places]
+    part = (
+        ""
+        if train.whole and val.whole
+        else f", but only the first rows were read ({len(train.rows):,} of training); {READ_ALL}"
+    )
+    tell = report.not_looked if part else report.ok  # what is held out of the first rows says nothing of the others
     if copies:
         report.bad(
             "leakage",
-            f"{len(copies):,} of {len(val.rows):,} validation rows are in the training data, too: {some_of(copies)}; the "
+            f"{len(copies):,} of {_first(val)} validation rows are in the training data, too: {some_of(copies)}; the "
             "validation loss measures memory; take them out of one side (process_jsonl.py split never lets copies part)",
         )
     else:
-        report.ok("leakage", f"none of {len(val.rows):,} validation rows is an exact copy of a training row")
+        tell("leakage", f"none of {_first(val)} validation rows is an exact copy of a training row{part}")
     try:
-        near = _near_copies(train.rows, [row for row in val.rows if _digest(row.text) not in places])
+        compared, near = _near_copies(train.rows, [row for row in val.rows if _digest(row.text) not in places])
     except UsageError as error:
         report.not_looked("near leakage", str(error))
         return
     if near:
         report.warn(
             "near leakage",
-            f"{len(near):,} of {len(val.rows):,} validation rows share {NEAR:.0%} of their {NGRAM}-word runs with training rows: "
+            f"{len(near):,} of {_first(val)} validation rows share {NEAR:.0%} of their {NGRAM}-word runs with training rows: "
             f"{some_of(near)}; fine where texts are made from patterns, else take them out (process_jsonl.py split --near)",
         )
+    elif not compared:
+        report.not_looked("near leakage", "no validation row is left to compare: they are exact copies, or have no words")
     else:
-        report.ok("near leakage", "no validation row is much like a training row")
+        tell("near leakage", f"no validation row is much like a training row{part}")
 
 
-def _near_copies(train: list[Row], val: list[Row]) -> list[str]:
-    rows = [*train, *val]
+def _near_copies(train: list[Row], val: list[Row]) -> tuple[int, list[str]]:
+    """How many validation rows could be compared, and which are like training rows."""
+    rows, compared = [*train, *val], 0
+    if not val:
+        return 0, []
     with tempfile.TemporaryDirectory() as scratch:
         index = NearIndex(Path(scratch) / "near", NEAR, NUM_PERM)
         for start in range(0, len(rows), 10_000):
             numbers, signed = signatures([row.text for row in rows[start : start + 10_000]], NGRAM, NUM_PERM)
             index.add(numbers + start, signed)
+            compared += int((numbers + start >= len(train)).sum())
         index.finish()
         # A group's first member is the smallest number, so it is a training row wherever the group has one.
         firsts, members = index.groups().members()
         lines = index.lines()
         pairs = [(int(lines[first]), int(lines[member])) for first, member in zip(firsts, members, strict=True)]
         del lines  # it maps a file of the folder that goes now
-    return [f"{rows[b].place} is like {rows[a].place}" for a, b in pairs if a < len(train) <= b]
+    return compared, [f"{rows[b].place} is like {rows[a].place}" for a, b in pairs if a < len(train) <= b]
+
+
+def _spaced(rows: list[Row], count: int) -> list[Row]:
+    """At most ``count`` of them, evenly spaced."""
+    return rows if len(rows) <= count else [rows[number * len(rows) // count] for number in range(count)]
 
 
 def look_at_encoding(data: DataSet, tokenizer: Tokenizer, block_size: int, report: Report) -> None:
     """What the tokenizer makes of the rows, and what is left of conversations once they are cut to ``block_size``."""
-    rows = data.rows[:: max(1, len(data.rows) // ROUND_TRIPS)][:ROUND_TRIPS]
+    rows = _spaced(data.rows, ROUND_TRIPS)
     lost = [row.place for row in rows if not comes_back(tokenizer, row.text)]
     control_ids = set(control_tokens(tokenizer).values())
     controls = [row.place for row in rows if control_ids.intersection(tokenizer.encode(row.text))]
@@ -227,15 +264,16 @@ def comes_back(tokenizer: Tokenizer, text: str) -> bool:
 
 def _look_at_lengths(data: DataSet, format: ChatFormat, block_size: int, report: Report) -> None:
     teach_nothing, cut_after, cut_inside = [], [], []
-    for start in range(0, len(data.rows), 1_000):
-        part = data.rows[start : start + 1_000]
+    rows = _spaced(data.rows, LENGTHS)
+    for start in range(0, len(rows), 1_000):
+        part = rows[start : start + 1_000]
         for row, chat in zip(part, format.encode_batch([row.messages for row in part]), strict=True):
             chat, how = cut(chat, block_size + 1)  # n tokens fill n - 1 places
             if not any(chat.mask):
                 teach_nothing.append(row.place)
             elif how:
                 (cut_after if how == "after a reply" else cut_inside).append(row.place)
-    check, count = f"{data.name}: replies", max(1, len(data.rows))
+    check, count = f"{data.name}: replies", len(rows)
     if teach_nothing:
         tell = report.bad if len(teach_nothing) > TEACH_NOTHING * count else report.warn
         tell(
@@ -252,5 +290,6 @@ def _look_at_lengths(data: DataSet, format: ChatFormat, block_size: int, report:
         )
     if cut_after:
         report.warn(check, f"{len(cut_after):,} of {count:,} conversations lose later rounds at block_size ({block_size})")
-    if data.rows and not (teach_nothing or cut_inside or cut_after):
-        report.ok(check, f"every reply of {len(data.rows):,} conversations fits block_size ({block_size}), end token included")
+    if rows and not (teach_nothing or cut_inside or cut_after):
+        of_all = f" (evenly spaced, of {len(data.rows):,})" if len(rows) < len(data.rows) else ""
+        report.ok(check, f"every reply of {count:,} conversations{of_all} fits block_size ({block_size}), end token included")

@@ -22,6 +22,12 @@ from etude.training.checkpoint import NAME
 from etude.training.config import SFTConfig
 from etude.training.start import weights_fingerprint
 
+# Names that nobody gives to data.
+PARTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "state.json", "manifest.json", "run.yaml",
+    "metrics.jsonl",
+)  # fmt: skip
+
 
 def examine(config: DoctorConfig, tell: Callable[[str], None] = print) -> Report:
     """Look at all that ``config.input`` names. Raises :class:`DataError` for a path that is nothing the doctor knows."""
@@ -61,6 +67,10 @@ def kind_of(name: str) -> str:
             return "model"
         if holds("tokenizer.json", "tokenizer_config.json"):
             return "tokenizer"
+    if path.is_dir() and path.name == "checkpoints" and any(NAME.fullmatch(folder.name) for folder in path.iterdir()):
+        raise DataError(f"{path}: a run's checkpoints; name the folder it lies in, or one of them")
+    if path.is_file() and (path.suffix in (".safetensors", ".bin") or path.name in PARTS):
+        raise DataError(f"{path}: a part of a run, model, checkpoint or tokenizer; name the folder it lies in")
     try:
         find_files([name])
     except DataError as error:
@@ -102,7 +112,12 @@ def look_at_run(run: Path, config: DoctorConfig, other: Tokenizer | None, report
     if (run / "best").is_dir():
         report.heading(f"{paths.typed(run / 'best')}: the model of the best validation")
         with report.examining("tokenizer"):
-            look_at_files(run / "best", Tokenizer(run / "best"), report)
+            tokenizer = Tokenizer(run / "best")
+            look_at_files(run / "best", tokenizer, report)
+            if newest is not None:
+                look_at_fingerprint(newest, tokenizer, report)
+            elif (run / "tokenizer.json").is_file():
+                _compare(tokenizer, Tokenizer(run), report)
 
 
 def look_at_model(
@@ -116,16 +131,21 @@ def look_at_model(
     elif other is None:
         report.bad("tokenizer", f"{folder}: there is no tokenizer.json beside the model; copy the one it was trained with")
     if tokenizer is not None and other is not None and known.newest is None:
-        if tokenizer.fingerprint != other.fingerprint:
-            report.bad(
-                "trained tokenizer",
-                f"{other.folder} has another vocabulary or chat template than the one in {folder}; a model understands only the one "
-                "that it was trained with",
-            )
-        else:
-            report.ok("trained tokenizer", f"{other.folder} is the model's")
+        _compare(other, tokenizer, report)
     model = look_at_files(folder, tokenizer or other, report)
     _look_further(model, [t for t in (tokenizer, other) if t is not None], known, config, report)
+
+
+def _compare(tokenizer: Tokenizer, own: Tokenizer, report: Report) -> None:
+    """A tokenizer against the model's own."""
+    if tokenizer.fingerprint != own.fingerprint:
+        report.bad(
+            "trained tokenizer",
+            f"{tokenizer.folder} has another vocabulary or chat template than the one in {own.folder}; a model understands only the "
+            "one that it was trained with",
+        )
+    else:
+        report.ok("trained tokenizer", f"{tokenizer.folder} is the model's")
 
 
 def look_at_unfinished(run: Path, config: DoctorConfig, other: Tokenizer | None, report: Report, known: Known) -> None:
@@ -147,6 +167,7 @@ def look_at_one_checkpoint(path: Path, config: DoctorConfig, other: Tokenizer | 
     if found is None:
         return
     report.ok(path.name, f"whole, of step {found.step}")
+    found = dataclasses.replace(found, optimizer={}, rng={})  # twice the model, and looked at already
     with report.examining("model"):
         known = Known(block_size=config.block_size, newest=found)
         _look_further(model_of(found), [other] if other else [], known, config, report)

@@ -10,7 +10,7 @@ from etude.doctor.curve import Origin
 from etude.doctor.data import DataSet, Reading, held_out, look_at_encoding, look_at_rows, look_for_leakage, read_data
 from etude.doctor.report import Report
 from etude.doctor.run import shape_of
-from etude.errors import DataError, EtudeError
+from etude.errors import DataError, EtudeError, MismatchError
 from etude.model.config import EtudeConfig
 from etude.tokenizer import Tokenizer
 from etude.training.checkpoint import Checkpoint
@@ -62,6 +62,11 @@ def look_at_data(known: Known, config: DoctorConfig, report: Report) -> list[Dat
                 report.not_looked(f"{name}: tokens", "no tokenizer is known; name one with --tokenizer")
         elif name == "data" and not sources:
             report.not_looked("data", "none is named; name some with --data")
+    if len(sets) == 2 and sets[0].conversations != sets[1].conversations and all(found.rows for found in sets):
+        one, other = ("conversations" if found.conversations else "text" for found in sets)
+        report.bad(
+            "val_data", f"{other}, where data are {one}: no stage learns from one and validates on the other; name one kind"
+        )
     with report.examining("leakage"):
         _look_for_leakage(sets, settings, config, report)
     return sets if sets and sets[0].name == "data" else []
@@ -70,6 +75,8 @@ def look_at_data(known: Known, config: DoctorConfig, report: Report) -> list[Dat
 def _read(name: str, sources: Sequence[str], how: Reading, given: bool, report: Report) -> DataSet | None:
     try:
         return read_data(name, sources, how)
+    except MismatchError as error:
+        report.bad(name, str(error))
     except (EtudeError, OSError) as error:
         if given:
             report.bad(name, str(error))

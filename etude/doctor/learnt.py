@@ -121,6 +121,8 @@ def _look_at_end(found: Learnt, samples: list[Sample], training: Training, chanc
             report.ok("end token", f"{said}, likelier by {end_gained:.2f} nats than when the training began")
     elif found.nats < chance / 2 and found.end_nats > chance:
         # It predicts what replies say, but their end worse than a guess: pretraining alone does that, and a masked end token.
-        report.bad("end token", f"{said}: if this is a pretrained model, it needs SFT; if it had SFT, {cure}")
+        # Of a model alone nobody knows which of the two it is, and the first is no mistake.
+        tell = report.bad if training.is_sft else report.warn
+        tell("end token", f"{said}: if this is a pretrained model, it needs SFT; if it had SFT, {cure}")
     else:
         report.warn("end token", f"{said}: a short training, or none in chat; else {cure}")

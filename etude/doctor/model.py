@@ -50,7 +50,9 @@ def look_at_config(values: dict[str, Any], report: Report) -> None:
     elif values.get("auto_map"):
         report.bad("config.json", "auto_map names code that comes with the model; Etude never runs such code")
     else:
-        report.ok("config.json", f"a {values.get('model_type')!r} with rms_norm_eps {values['rms_norm_eps']}")
+        kind = values.get("model_type")
+        named = "an Etude model" if kind == MODEL_TYPE else f"a model of type {kind!r}"
+        report.ok("config.json", f"{named} with rms_norm_eps {values['rms_norm_eps']}")
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

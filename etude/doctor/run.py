@@ -1,7 +1,10 @@
 """A run's checkpoints: is each whole, does it hold one moment of one run, and is the finished model the last one's."""
 
+import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 
 from etude.doctor.model import look_at_weights
 from etude.doctor.report import BAD, Report, some_of
-from etude.errors import DataError, MismatchError
+from etude.errors import DataError, EtudeError, MismatchError
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.tokenizer import Tokenizer
@@ -34,11 +37,16 @@ def look_at_checkpoints(run: Path, report: Report) -> Checkpoint | None:
         found = look_at_checkpoint(path, report, digests)
         if found is not None:
             good.append(path)
-            newest = newest or found
+            # What is kept is kept to the end; the optimizer's state is twice the model, and has been looked at.
+            newest = newest or dataclasses.replace(found, optimizer={}, rng={})
+        found = None  # before the next is loaded: one in memory at a time
     with report.examining("checkpoints"):
-        _look_for_twins(digests, newest, report)
+        _look_for_twins(digests, good, newest, report)
     if newest is None:
-        report.bad("checkpoints", f"none of {len(paths)} can be used, so the run cannot go on; start over with --resume never")
+        model = ", or begin a new run from the model that is there: --init_from " + str(run) if _is_whole(run) else ""
+        report.bad(
+            "checkpoints", f"none of {len(paths)} can be used, so the run cannot go on; start over with --resume never{model}"
+        )
     elif newest.path != paths[0]:
         report.warn("checkpoints", f"the run would go on from {newest.path.name}; remove the newer bad ones, or let it do so")
     else:
@@ -46,6 +54,14 @@ def look_at_checkpoints(run: Path, report: Report) -> Checkpoint | None:
             "checkpoints", f"{len(good)} of {len(paths)} whole; the newest is at step {newest.step} of {newest.state['steps']}"
         )
     return newest
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the weights of a model folder can be read, and are finite."""
+    try:
+        return all(tensor.isfinite().all() for tensor in read_safetensors(folder / "model.safetensors").values())
+    except (EtudeError, OSError):
+        return False
 
 
 def look_for_leftovers(run: Path, report: Report) -> None:
@@ -151,20 +167,31 @@ def _look_at_optimizer(found: Checkpoint, report: Report) -> None:
         )
 
 
-def _look_for_twins(digests: dict[Path, dict[str, str]], newest: Checkpoint | None, report: Report) -> None:
-    """One file in two checkpoints: training changes every one of them at each step that is not left out."""
-    if newest is None or any(newest.state["spikes"][key] for key in ("skipped", "quarantine")):
+def _look_for_twins(
+    digests: dict[Path, dict[str, str]], good: Sequence[Path], newest: Checkpoint | None, report: Report
+) -> None:
+    """One file in two checkpoints. Each step that is not left out changes the optimizer's state and the random generators', and,
+    unless its learning rate is 0 as at the end of a schedule, the weights. fp16 leaves out steps that overflow, and doesn't count them.
+    """
+    if newest is None or newest.state.get("scaler") or any(newest.state["spikes"][key] for key in ("skipped", "quarantine")):
         return
-    seen: dict[str, Path] = {}
-    for path, files in digests.items():
-        for name, digest in files.items():
-            if digest in seen and name != "state.json":
-                report.bad(
-                    path.name,
-                    f"{name} is the same file as in {seen[digest].name}: of two steps only one can have it, so files were mixed; "
-                    "delete both unless you know which one is right",
-                )
-            seen.setdefault(digest, path)
+    for path, other in combinations(digests, 2):  # the newer one first
+        same = sorted(name for name, digest in digests[path].items() if digest == digests[other].get(name))
+        if not (same := [name for name in same if name != "state.json"]):
+            continue
+        said = f"{' and '.join(same)} {'is the same file' if len(same) == 1 else 'are the same files'} as in {other.name}"
+        if all(name.startswith("model") for name in same):
+            report.warn(
+                path.name, f"{said}: so it is when the learning rate was 0 in all steps between; if not, files were mixed"
+            )
+            continue
+        wrong = [one.name for one in (path, other) if one not in good]
+        cure = (
+            f"delete {wrong[0]}, whose files do not agree with its state.json"
+            if len(wrong) == 1
+            else "what they hold does not tell which; a run can go on from an older one"
+        )
+        report.bad(path.name, f"{said}: of two steps only one can have them, so files were mixed; {cure}")
 
 
 def look_at_outcome(run: Path, newest: Checkpoint, report: Report) -> None:
@@ -191,6 +218,13 @@ def look_at_outcome(run: Path, newest: Checkpoint, report: Report) -> None:
                 )
             else:
                 report.ok("final model", f"holds the weights of {newest.path.name}")
+    elif (last := found_in(run)[0]) != newest.path:
+        # What the run reached is known by the folder's name alone.
+        report.not_looked(
+            "final model",
+            f"its checkpoint (step {int(NAME.fullmatch(last.name)[1])}) is damaged, so it cannot be compared; it may well be the "
+            "finished one",
+        )
     else:
         report.warn(
             "final model", f"older than the run, which is at step {newest.step} of {newest.state['steps']}; go on with it first"
