@@ -1,4 +1,5 @@
-"""Several processes that train one model together: started by ``torchrun``, one a device, each with a copy of the model.
+"""Several processes that train one model together: started by ``torchrun``, one a device, each with a copy of the model, or
+with a part of it (see :mod:`etude.training.sharding`).
 
 A step's gradient is the sum over its rows, whoever computes it, so the processes add theirs up and take the same step.
 On a CPU two processes reach the very bits of one that takes the two halves as micro-batches.

@@ -1,6 +1,5 @@
 """A model folder's files: config.json against the weights, the weights' values, and the ids that must agree with the tokenizer."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from etude.errors import DataError
 from etude.llama import load_any
 from etude.model.transformer import Etude
 from etude.tokenizer import Tokenizer
-from etude.weights import MODEL_TYPE, read_config_json, read_safetensors
+from etude.weights import MODEL_TYPE, read_config_json, read_json, read_safetensors
 
 HUGE = 1e3  # weights of trained models stay far below: the largest of published Llamas are some tens
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -116,15 +115,7 @@ def look_at_weights(tensors: dict[str, Tensor], check: str, report: Report) -> b
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); the file is damaged") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: not a JSON object; the file is damaged")
-    return values
+    return read_json(path) if path.is_file() else {}
 
 
 def look_at_ids(values: dict[str, Any], generation: dict[str, Any], tokenizer: Tokenizer, report: Report) -> None:
