@@ -2,13 +2,15 @@
 
 from etude import cli
 from etude.benchmark.corpus import CorpusBenchmark, corpus
+from etude.benchmark.data import DataBenchmark, data
 from etude.benchmark.train import TrainBenchmark, train
 
 COMMANDS = {
     "train": (TrainBenchmark, "tokens per second of whole training steps, beside Hugging Face's Llama"),
+    "data": (DataBenchmark, "MB/s from text to token store, beside the tokenizers library; tokens/s of batches"),
     "corpus": (CorpusBenchmark, "MB/s and memory of the corpus tools, beside wikiextractor and raw JSON reading"),
 }
-RUN = {"train": train, "corpus": corpus}
+RUN = {"train": train, "data": data, "corpus": corpus}
 
 
 def main() -> None:
