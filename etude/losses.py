@@ -27,9 +27,10 @@ def causal_lm_loss(model: Etude, batch: dict[str, Tensor]) -> Loss:
     """Cross-entropy of each label given the tokens up to its place.
 
     ``batch`` has ``ids`` and ``labels`` (B, T), the labels already one token ahead and ``IGNORED`` where nothing is
-    learnt; optionally ``positions`` and ``documents`` (B, T).
+    learnt; optionally ``positions`` and ``documents`` (B, T), and ``ends`` (B, K).
     """
-    hidden = model.hidden(batch["ids"], batch.get("positions"), batch.get("documents")).flatten(0, 1)  # (N, D)
+    parts = {name: batch.get(name) for name in ("positions", "documents", "ends")}
+    hidden = model.hidden(batch["ids"], **parts).flatten(0, 1)  # (N, D)
     labels = batch["labels"].flatten()
     weight = (labels != IGNORED).sum()
     if not torch.compiler.is_compiling() and weight < len(labels):
@@ -52,6 +53,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     rows = max(1, budget // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, rows)
+
+
+def _minus_one_hot(probabilities: Tensor, index: Tensor) -> Tensor:
+    """``probabilities`` (rows, V), less 1 at ``index`` (rows, 1) of each row."""
+    if torch.compiler.is_compiling():  # element by element, so that it is fused with the softmax and its rounding
+        ids = torch.arange(probabilities.shape[1], device=index.device)
+        return torch.where(ids == index, probabilities - 1.0, probabilities)
+    return probabilities.scatter_add(1, index, torch.full_like(index, -1.0, dtype=probabilities.dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -77,8 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_gradient:
                 # The gradient of a token's loss by its logits is softmax - one-hot. What is not learnt is masked on the
                 # side of the hidden states, which is smaller by V / D.
-                minus_one = torch.full_like(index, -1.0, dtype=wide)
-                gradient = log_probabilities.exp().scatter_add(1, index, minus_one).to(hidden.dtype)
+                gradient = _minus_one_hot(log_probabilities.exp(), index).to(hidden.dtype)
                 hidden_gradients.append((gradient @ weight) * learnt)
                 weight_gradient = weight_gradient + gradient.T @ (chunk * learnt)
         if needs_gradient:

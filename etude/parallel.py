@@ -73,6 +73,17 @@ class Processes:
                 dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What every process has, one after the other: of (n, …) in each, (count · n, …)."""
+        if self.count == 1:
+            return tensor
+        import torch.distributed as dist
+
+        gathered = tensor.new_empty(self.count * len(tensor), *tensor.shape[1:])
+        with self._telling("gathering"):
+            dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
     def any(self, flag: bool, step: int) -> bool:
         """Whether ``flag`` is set in any process. Also tells the others that this one has reached ``step``."""
         if self.count == 1:

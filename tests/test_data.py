@@ -286,9 +286,21 @@ def test_separate_documents_are_told_apart(tmp_path, block_size):
         for i, a in enumerate(inside):
             assert positions[i] == min(place[a], i)  # it restarts at a document's beginning, and at the block's
             assert [numbers[i] == numbers[j] for j in range(len(inside))] == [owner[a] == owner[b] for b in inside]
+    every = blocks.load(range(len(blocks)))
+    assert_ends_say_the_same(every)
+    assert every["ends"].shape[1] <= block_size + 1
     whole = blocks.load([2, 0, 1])
-    for name in ("documents", "positions"):
+    for name in ("documents", "positions", "ends"):
         assert (whole[name] == np.concatenate([blocks.load([number])[name] for number in (2, 0, 1)])).all()
+
+
+def assert_ends_say_the_same(batch: dict[str, np.ndarray]) -> None:
+    """``ends`` divide a row where ``documents`` do."""
+    length = batch["ids"].shape[1]
+    by_ends = (np.arange(length)[None, :, None] >= batch["ends"][:, None, :]).sum(-1)  # how many have ended before
+    documents = batch["documents"]
+    assert ((by_ends[:, 1:] == by_ends[:, :-1]) == (documents[:, 1:] == documents[:, :-1])).all()
+    assert (np.diff(batch["ends"]) >= 0).all() and batch["ends"].max() == length
 
 
 def nats(model, ids: list[int], labels: list[int]) -> torch.Tensor:
@@ -569,7 +581,9 @@ def rows(chat_file, tokenizer, tmp_path) -> SFTRows:
 
 def test_a_row_holds_its_conversations_and_labels_them_from_themselves_only(rows, chats):
     batch = rows.load(range(len(rows)))
+    ends = batch.pop("ends")
     assert all(values.shape == (len(rows), ROW) and values.dtype == np.int64 for values in batch.values())
+    assert_ends_say_the_same({**batch, "ends": ends})
     seen = []
     for row in range(len(rows)):
         ids, labels, positions, documents = (batch[name][row] for name in ("ids", "labels", "positions", "documents"))
@@ -630,7 +644,8 @@ def test_padding_is_harmless(rows, double_model):
     assert padding.any()
     other = {**batch, "ids": torch.where(padding, 77, batch["ids"]), "positions": torch.where(padding, 5, batch["positions"])}
     empty = {"ids": PAD, "labels": IGNORED, "positions": 0, "documents": -1}
-    more = {name: torch.cat([values, torch.full((3, ROW), empty[name])]) for name, values in batch.items()}
+    batch["ends"] = batch["ends"][:, :1].expand(-1, ROW)  # as wide as the others, to be lengthened with them
+    more = {name: torch.cat([values, torch.full((3, ROW), {**empty, "ends": ROW}[name])]) for name, values in batch.items()}
     for changed in (other, more):
         loss = causal_lm_loss(double_model, changed)
         torch.testing.assert_close(loss.sum, packed.sum, rtol=1e-12, atol=0)

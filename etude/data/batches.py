@@ -109,7 +109,7 @@ def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy a batch to the device; to CUDA from pinned memory, without waiting for the copy."""
+    """Copy a batch to the device; to CUDA from pinned memory, without waiting for the copy (which a tensor with gaps would do)."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.contiguous().pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -24,13 +24,14 @@ class PretrainBlocks:
     def __init__(self, store: TokenStore, block_size: int, pad_id: int, separate_documents: bool = False):
         self.store, self.block_size, self.pad_id = store, block_size, pad_id
         self.separate_documents = separate_documents
+        self.most_documents = self._most_documents() if separate_documents else 0  # that any block has a part of
 
     def __len__(self) -> int:
         return max(0, -(-(len(self.store) - 1) // self.block_size))
 
     def load(self, blocks: Sequence[int]) -> dict[str, np.ndarray]:
         """``ids`` and ``labels``, (blocks, block_size) int64; with ``separate_documents`` also ``positions`` and
-        ``documents``, so that attention stops where a document ends.
+        ``documents``, so that attention stops where a document ends, and ``ends``, (blocks, most_documents), where that is.
         """
         T = self.block_size
         batch = {
@@ -42,20 +43,33 @@ class PretrainBlocks:
             batch["ids"][row, : len(window) - 1] = window[:-1]
             batch["labels"][row, : len(window) - 1] = window[1:]
         if self.separate_documents:
-            batch["documents"], batch["positions"] = self._boundaries(blocks)
+            batch |= self._boundaries(blocks)
         return batch
 
-    def _boundaries(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _boundaries(self, blocks: Sequence[int]) -> dict[str, np.ndarray]:
         T = self.block_size
         documents = np.zeros((len(blocks), T), dtype=np.int64)
+        ends = np.full((len(blocks), self.most_documents), T, dtype=np.int64)
         for row, block in enumerate(blocks):
             first, last = self.store.document_at(block * T), self.store.document_at((block + 1) * T - 1)
             inner = np.asarray(self.store.starts[first + 1 : last + 1]) - block * T
-            documents[row, inner[inner < T]] = 1  # a document begins here
+            inner = inner[inner < T]  # where another document begins
+            documents[row, inner] = 1
+            ends[row, : len(inner)] = inner
         documents = documents.cumsum(axis=1)
         index = np.arange(T)
         begins = np.diff(documents, axis=1, prepend=-1) > 0
-        return documents, index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+        positions = index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+        return {"documents": documents, "positions": positions, "ends": ends}
+
+    def _most_documents(self) -> int:
+        counts = np.ones(len(self) + 1, dtype=np.int32)  # the last block may end where the text does
+        inner = self.store.starts[1:-1]
+        for at in range(0, len(inner), 2**20):  # so that memory stays flat
+            blocks = np.asarray(inner[at : at + 2**20]) // self.block_size
+            begun = np.bincount(blocks - blocks[0])
+            counts[blocks[0] : blocks[0] + len(begun)] += begun
+        return int(counts.max())
 
     def documents(self, block: int) -> list[int]:
         """The documents that a block is made of."""

@@ -32,22 +32,26 @@ class SFTRows:
         self.store, self.block_size, self.pad_id = store, block_size, pad_id
         places = np.diff(np.asarray(store.starts)) - 1
         self.rows = pack(places, block_size)
+        self.most_documents = max(map(len, self.rows), default=0) + 1  # padding counts as one
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def load(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """``ids``, ``labels``, ``positions`` and ``documents``, each (rows, block_size) int64."""
+        """``ids``, ``labels``, ``positions`` and ``documents``, each (rows, block_size) int64, and ``ends``, (rows, K): where
+        each document of a row ends.
+        """
         shape = (len(rows), self.block_size)
         batch = {
             "ids": np.full(shape, self.pad_id, dtype=np.int64),
             "labels": np.full(shape, IGNORED, dtype=np.int64),
             "positions": np.zeros(shape, dtype=np.int64),
             "documents": np.full(shape, -1, dtype=np.int64),  # padding: a document of its own
+            "ends": np.full((len(rows), self.most_documents), self.block_size, dtype=np.int64),
         }
         for row, number in enumerate(rows):
             at = 0
-            for document in self.rows[number]:
+            for nth, document in enumerate(self.rows[number]):
                 start, stop = int(self.store.starts[document]), int(self.store.starts[document + 1])
                 ids, learnt = self.store.ids(start, stop), self.store.mask(start, stop)
                 end = at + len(ids) - 1
@@ -55,6 +59,7 @@ class SFTRows:
                 batch["labels"][row, at:end] = np.where(learnt[1:], ids[1:], IGNORED)
                 batch["positions"][row, at:end] = np.arange(end - at)
                 batch["documents"][row, at:end] = document
+                batch["ends"][row, nth] = end
                 at = end
         return batch
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude.model.config import EtudeConfig
+from etude.model.documents import attend_by_document
 from etude.model.norm import RMSNorm
 from etude.model.rope import rotate
 
@@ -64,10 +65,11 @@ class KVCache:
 class Context:
     """What every layer of one forward pass shares."""
 
-    cos: Tensor  # (B or 1, 1, T, d/2)
+    cos: Tensor  # (B or 1, T, 1, d/2)
     sin: Tensor
     mask: Tensor | None  # (B or 1, 1, T, S), True where attention may look; None: causal, or all of the cache for T = 1
     causal: bool  # there is no mask and T > 1
+    bounds: Tensor | None  # (documents + 1,): instead of a mask, where each document begins and ends in the B · T tokens
     cache: KVCache | None
 
 
@@ -87,10 +89,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, D) → (B, T, D)"""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, d)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, d)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, G, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.bounds is not None:
+            return self.o_proj(attend_by_document(q, k, v, context.bounds).reshape(B, T, -1))
+        # Transposed last: the kernels read this layout as it is, and write theirs so that the way back copies nothing.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, d)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)  # (B, G, S, d)
         groups = self.groups

@@ -44,11 +44,11 @@ def rotary_angles(config: EtudeConfig, positions: Tensor) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x`` (B, heads, T, d) by angles whose ``cos`` and ``sin`` are (B or 1, 1, T, d/2) in fp32.
+    """Turn ``x`` (B, T, heads, d) by angles whose ``cos`` and ``sin`` are (B or 1, T, 1, d/2) in fp32.
 
     The product is taken in fp32 and rounded once: angles in bf16 would blur the distance between far tokens.
     """
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)  # (B, heads, T, d/2) each
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)  # (B, T, heads, d/2) each
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from etude.model.attention import Attention, Context, KVCache
 from etude.model.config import EtudeConfig
+from etude.model.documents import attends_by_document, document_mask, flat_bounds
 from etude.model.ffn import SwiGLU
 from etude.model.norm import RMSNorm
 from etude.model.rope import RotaryTable
@@ -75,16 +76,21 @@ class Etude(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
+        ends: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) to normalised hidden states (B, T, D).
 
         ``documents`` (B, T) numbers the document each token belongs to; attention then stops at its boundaries, and
-        ``positions`` (B, T) should restart there. With a ``cache`` the tokens follow those it holds, and it grows.
+        ``positions`` (B, T) should restart there. ``ends`` (B, K) says the same in another way, where each of a row's
+        documents ends: with it, attention on a GPU costs what the documents cost, not what the row does.
+        With a ``cache`` the tokens follow those it holds, and it grows.
         """
         T, device = ids.shape[1], ids.device
-        mask = None
+        mask = bounds = None
         if cache is not None:
             positions, mask = cache.positions(T, device), cache.mask(T, device)
+        elif ends is not None and attends_by_document(ids.device):
+            bounds = flat_bounds(ends, T)
         elif documents is not None:
             mask = document_mask(documents)
         x = self.dropout(self.embed_tokens(ids))  # (B, T, D)
@@ -92,8 +98,8 @@ class Etude(nn.Module):
             x = x.bfloat16()  # the residual stream too: half the memory traffic. fp16 would overflow there
         cos, sin = self.rotary.on(device)  # (max_position_embeddings, d/2)
         cos, sin = (cos[:T], sin[:T]) if positions is None else (cos[positions], sin[positions])
-        cos, sin = (table.view(-1, 1, T, table.shape[-1]) for table in (cos, sin))  # (B or 1, 1, T, d/2)
-        context = Context(cos, sin, mask, causal=mask is None and T > 1, cache=cache)
+        cos, sin = (table.view(-1, T, 1, table.shape[-1]) for table in (cos, sin))  # (B or 1, T, 1, d/2)
+        context = Context(cos, sin, mask, causal=mask is None and T > 1, cache=cache, bounds=bounds)
         for layer in self.layers:
             x = layer(x, context)
         if cache is not None:
@@ -110,13 +116,7 @@ class Etude(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
+        ends: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) to logits (B, T, V); arguments as for :meth:`hidden`."""
-        return self.logits(self.hidden(ids, positions, documents, cache))
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """(B, T) document numbers → (B, 1, T, T), True where a token may look: backwards, within its document."""
-    T = documents.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
-    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
+        return self.logits(self.hidden(ids, positions, documents, cache, ends))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from etude.errors import DataError, EtudeError, MismatchError, StorageError
 from etude.files import sync, whole_folder
 from etude.parallel import Processes
+from etude.training.muon import Muon
 from etude.training.sharding import divided_like, local
 from etude.weights import from_disk_name, read_json, read_safetensors, to_disk_name, write_safetensors
 
@@ -245,7 +246,7 @@ def require_room(run: str | Path, model: nn.Module, optimizers: list[torch.optim
     """Raise :class:`StorageError` if the disk cannot hold what the run is going to write: now, rather than hours later."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     moments = sum(
-        parameter.numel() * parameter.element_size() * (1 if isinstance(optimizer, torch.optim.Muon) else 2)
+        parameter.numel() * parameter.element_size() * (1 if isinstance(optimizer, Muon) else 2)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]

@@ -5,7 +5,10 @@ import math
 import torch
 from torch import nn
 
+from etude.device import pick_precision
+from etude.parallel import Processes
 from etude.training.config import TrainingConfig
+from etude.training.muon import Muon
 
 
 def lr_at(step: int, steps: int, config: TrainingConfig) -> float:
@@ -23,12 +26,12 @@ def lr_at(step: int, steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
 
 
-def make_optimizers(model: nn.Module, config: TrainingConfig, device: torch.device) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest.
+def make_optimizers(
+    model: nn.Module, config: TrainingConfig, device: torch.device, processes: Processes | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest; one learning rate serves both.
 
-    Norms, biases and embeddings are not decayed: pulling them to zero only fights the loss. Muon
-    (https://kellerjordan.github.io/posts/muon/) makes updates orthogonal; scaled to AdamW's size as Moonlight does
-    (https://arxiv.org/abs/2502.16982), one learning rate serves both.
+    Norms, biases and embeddings are not decayed: pulling them to zero only fights the loss.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = [p for name, p in named if p.ndim >= 2 and not name.startswith(("embed_tokens.", "lm_head."))]
@@ -48,14 +51,8 @@ def make_optimizers(model: nn.Module, config: TrainingConfig, device: torch.devi
     )
     if not by_muon:
         return [adamw]
-    muon = torch.optim.Muon(
-        by_muon,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [adamw, muon]
+    dtype = torch.bfloat16 if pick_precision("auto", device) == "bf16" else torch.float32
+    return [adamw, Muon(by_muon, config.learning_rate, config.weight_decay, config.momentum, dtype, processes)]
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

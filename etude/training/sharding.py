@@ -69,6 +69,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def part_of(rows: Tensor, example: Tensor) -> Tensor:
+    """This process's ``rows`` as its part of a tensor that is divided as ``example`` is; of one that isn't, all of it."""
+    if not hasattr(example, "to_local"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = example.device_mesh, example.placements
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=example.shape, stride=example.stride())
+
+
 def divided_like(tensor: Tensor, example: Tensor) -> Tensor:
     """``tensor``, which every process has whole, divided as ``example`` is."""
     if not hasattr(example, "to_local"):

@@ -73,7 +73,7 @@ class Trainer:
         self.model = model if self.sharded else model.to(self.device)
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
-        self.optimizers = [] if self.sharded else make_optimizers(self.model, config, self.device)
+        self.optimizers = [] if self.sharded else make_optimizers(self.model, config, self.device, self.processes)
         self.health = Health(batches, self.device, scaled=self.precision == "fp16")
         self.spikes = Spikes(config)
 
@@ -140,7 +140,7 @@ class Trainer:
             for layer in self.model.layers:
                 layer.compile(dynamic=False)
         shard(self.model, self.device, self.config.optimizer)
-        self.optimizers = make_optimizers(self.model, self.config, self.device)
+        self.optimizers = make_optimizers(self.model, self.config, self.device, self.processes)
 
     def _loop(self, loader: ThreadPoolExecutor, stop: StopSignals) -> None:
         every = self._intervals()

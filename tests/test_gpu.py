@@ -1,0 +1,86 @@
+"""What a GPU computes on its fast paths (16 bits, fused attention, compiled code, batched Muon) against fp64 on the CPU."""
+
+import pytest
+import torch
+
+from etude.device import autocast
+from etude.losses import IGNORED, causal_lm_loss
+from etude.model.config import EtudeConfig
+from etude.model.documents import attends_by_document
+from etude.model.transformer import Etude
+from etude.training.muon import orthogonalized
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+ROWS, LENGTH = 4, 256
+
+
+def shape(**changes) -> EtudeConfig:
+    values = dict(
+        vocab_size=1000, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=512, max_position_embeddings=LENGTH, initializer_range=0.05,
+    )  # fmt: skip
+    return EtudeConfig(**{**values, **changes})
+
+
+def packed_batch() -> dict[str, torch.Tensor]:
+    """Rows of several documents, of which the last is padding; some labels are not learnt."""
+    source = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 1000, (ROWS, LENGTH), generator=source)
+    labels = ids.roll(-1, 1).masked_fill(torch.rand(ROWS, LENGTH, generator=source) < 0.3, IGNORED)
+    ends = torch.tensor([[1, 100, 256, 256, 256], [256] * 5, [17, 18, 19, 200, 256], [128, 256, 256, 256, 256]])
+    places = torch.arange(LENGTH)
+    documents = (places[None, :, None] >= ends[:, None, :]).sum(-1)
+    begins = torch.cat((torch.zeros(ROWS, 1, dtype=torch.long), ends), 1).gather(1, documents)
+    return {"ids": ids, "labels": labels, "documents": documents, "positions": places - begins, "ends": ends}
+
+
+def gradient_of(model: Etude, batch: dict[str, torch.Tensor], loss, precision: str) -> tuple[float, torch.Tensor]:
+    device = next(model.parameters()).device
+    model.zero_grad()
+    with autocast(device, precision):
+        result = loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    (result.sum / result.weight).backward()
+    return result.sum.item(), torch.cat([parameter.grad.flatten().double().cpu() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"head_dim": 128}, {"qk_norm": True}])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_loss_and_gradient_are_those_of_the_cpu_in_fp64(changes, packed, compiled):
+    torch.manual_seed(0)
+    model = Etude(shape(**changes))
+    batch = packed_batch()
+    batch = batch if packed else {name: batch[name] for name in ("ids", "labels")}
+    plain = {name: tensor for name, tensor in batch.items() if name != "ends"}  # on the CPU by a mask
+    wanted_sum, wanted = gradient_of(model.double(), plain, causal_lm_loss, "fp32")
+    model = model.float().to(CUDA)
+    model.rotary.on(CUDA)
+    torch._dynamo.reset()
+    loss = torch.compile(causal_lm_loss, dynamic=False) if compiled else causal_lm_loss
+    for precision, allowed in (("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 1e-2)):
+        found_sum, found = gradient_of(model, batch, loss, precision)
+        assert abs(found_sum / wanted_sum - 1) < allowed, precision
+        assert ((found - wanted).norm() / wanted.norm()).item() < allowed, precision
+
+
+def test_packed_documents_do_not_see_each_other():
+    torch.manual_seed(0)
+    model = Etude(shape()).to(CUDA)
+    batch = {name: tensor.to(CUDA) for name, tensor in packed_batch().items()}
+    with torch.no_grad(), autocast(CUDA, "bf16"):
+        assert attends_by_document(CUDA)
+        parts = {name: batch[name] for name in ("positions", "documents", "ends")}
+        before = model(batch["ids"], **parts)
+        changed = batch["ids"].clone()
+        changed[2, 19:100] += 1  # the fourth document of the third row
+        after = model(changed % 1000, **parts)
+    same = (before == after).all(-1).cpu()
+    assert same[[0, 1, 3]].all() and same[2, :19].all() and same[2, 200:].all() and not same[2, 19:200].any()
+
+
+def test_muon_in_bf16_is_near_its_fp64():
+    stack = torch.randn(6, 96, 256, generator=torch.Generator().manual_seed(0))
+    wanted = orthogonalized(stack.double())
+    found = orthogonalized(stack.to(CUDA, torch.bfloat16)).double().cpu()
+    assert (found - wanted).norm() / wanted.norm() < 2e-2
