@@ -4,6 +4,7 @@ whole step, so that a batch has one gradient however it is cut into micro-batche
 Shapes: B rows, T tokens of a row, N tokens in all, D hidden_size, V vocab_size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from etude.model.transformer import Etude
 
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 IGNORED = -100  # the label of a token that is not learnt
 CHUNK_LOGITS = 2**27  # logits held at once on an accelerator: half a GiB of fp32
+CHUNK_LOGITS_FUSED = 2**28  # where they are never held in fp32
 CHUNK_LOGITS_CPU = 2**22  # small enough to be read again from cache, large enough for fast products
 
 
@@ -23,21 +26,22 @@ class Loss:
     weight: Tensor  # (), how many they are
 
 
-def causal_lm_loss(model: Etude, batch: dict[str, Tensor]) -> Loss:
+def causal_lm_loss(model: Etude, batch: dict[str, Tensor], cross_entropy: CrossEntropy | None = None) -> Loss:
     """Cross-entropy of each label given the tokens up to its place.
 
     ``batch`` has ``ids`` and ``labels`` (B, T), the labels already one token ahead and ``IGNORED`` where nothing is
-    learnt; optionally ``positions`` and ``documents`` (B, T), and ``ends`` (B, K).
+    learnt; optionally ``positions`` and ``documents`` (B, T), and ``ends`` (B, K). ``cross_entropy`` is a compiled
+    :func:`linear_cross_entropy`, where the loss cannot be compiled as a whole.
     """
     parts = {name: batch.get(name) for name in ("positions", "documents", "ends")}
     hidden = model.hidden(batch["ids"], **parts).flatten(0, 1)  # (N, D)
     labels = batch["labels"].flatten()
     weight = (labels != IGNORED).sum()
-    if not torch.compiler.is_compiling() and weight < len(labels):
+    if not torch.compiler.is_compiling() and cross_entropy is None and weight < len(labels):
         # Logits are the largest tensor of all: make only those that count. (Compiled code wants fixed shapes.)
         learnt = (labels != IGNORED).nonzero().squeeze(1)
         hidden, labels = hidden[learnt], labels[learnt]
-    return Loss(linear_cross_entropy(hidden, model.head_weight, labels), weight)
+    return Loss((cross_entropy or linear_cross_entropy)(hidden, model.head_weight, labels), weight)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -49,18 +53,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    budget = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS
+    fused = CHUNK_LOGITS_FUSED if torch.compiler.is_compiling() else CHUNK_LOGITS
+    budget = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else fused
     rows = max(1, budget // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, rows)
 
 
-def _minus_one_hot(probabilities: Tensor, index: Tensor) -> Tensor:
-    """``probabilities`` (rows, V), less 1 at ``index`` (rows, 1) of each row."""
-    if torch.compiler.is_compiling():  # element by element, so that it is fused with the softmax and its rounding
-        ids = torch.arange(probabilities.shape[1], device=index.device)
-        return torch.where(ids == index, probabilities - 1.0, probabilities)
-    return probabilities.scatter_add(1, index, torch.full_like(index, -1.0, dtype=probabilities.dtype))
+def _nats_and_gradient(logits: Tensor, index: Tensor, wide: torch.dtype, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Of logits (rows, V) and each row's right token (rows, 1): its negative log probability (rows, 1), and the gradient of that
+    by the logits (rows, V), which is softmax - one-hot. Two ways to say the same: one to be fused, one to be run as it stands.
+    """
+    if torch.compiler.is_compiling():
+        normalizer = logits.to(wide).logsumexp(-1, keepdim=True)
+        nats = normalizer - logits.gather(1, index).to(wide)
+        one_hot = torch.arange(logits.shape[1], device=logits.device) == index
+        gradient = (logits.to(wide) - normalizer).exp() - one_hot.to(wide) if needs_gradient else None
+    else:
+        log_probabilities = logits.to(wide).log_softmax(-1)
+        nats = -log_probabilities.gather(1, index)
+        minus_one = torch.full_like(index, -1.0, dtype=wide)
+        gradient = log_probabilities.exp().scatter_add(1, index, minus_one) if needs_gradient else None
+    return nats, gradient.to(logits.dtype) if needs_gradient else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -77,20 +91,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad[:2])
         loss = hidden.new_zeros((), dtype=wide)
         hidden_gradients: list[Tensor] = []
-        weight_gradient = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
+        weight_gradient = None
         for chunk, target in zip(hidden.split(rows), labels.split(rows), strict=True):
-            log_probabilities = F.linear(chunk, weight).to(wide).log_softmax(-1)  # (rows, V)
             learnt = (target != IGNORED)[:, None]  # (rows, 1)
-            index = target.clamp(min=0)[:, None]
-            loss = loss - torch.where(learnt, log_probabilities.gather(1, index), 0.0).sum()
+            nats, gradient = _nats_and_gradient(F.linear(chunk, weight), target.clamp(min=0)[:, None], wide, needs_gradient)
+            loss = loss + torch.where(learnt, nats, 0.0).sum()
             if needs_gradient:
-                # The gradient of a token's loss by its logits is softmax - one-hot. What is not learnt is masked on the
-                # side of the hidden states, which is smaller by V / D.
-                gradient = _minus_one_hot(log_probabilities.exp(), index).to(hidden.dtype)
+                # What is not learnt is masked on the side of the hidden states, which is smaller by V / D.
                 hidden_gradients.append((gradient @ weight) * learnt)
-                weight_gradient = weight_gradient + gradient.T @ (chunk * learnt)
+                part = gradient.T @ (chunk * learnt)
+                weight_gradient = part.to(wide) if weight_gradient is None else weight_gradient + part
         if needs_gradient:
-            ctx.save_for_backward(torch.cat(hidden_gradients) if hidden_gradients else hidden, weight_gradient)
+            ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
             ctx.dtype = weight.dtype
         return loss
 

@@ -1,5 +1,6 @@
 """The loss: that of Hugging Face, the same however a batch is cut, a mean over tokens and never over batches."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -273,3 +274,27 @@ def test_means_are_taken_of_sums():
     assert result.bits_per_byte(10) == pytest.approx(20 / math.log(2) / 10)
     assert LossResult(1e9, 1).perplexity < math.inf
     assert math.isnan(LossResult(0.0, 0).loss) and math.isnan(result.bits_per_byte(0))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradient_checkpointing_changes_memory_and_not_the_gradient(model, dropout):
+    model = Etude(dataclasses.replace(model.config, dropout=dropout)).double()
+    batch, kept = Rows().whole(), []
+
+    def gradient(checkpointing: bool) -> list[torch.Tensor]:
+        model.gradient_checkpointing = checkpointing
+        torch.manual_seed(0)
+        held = 0
+
+        def pack(tensor):
+            nonlocal held
+            held += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = causal_lm_loss(model, batch)
+        kept.append(held)
+        return gradients(model, loss.sum)
+
+    assert_equal(gradient(True), gradient(False), 1e-12)
+    assert kept[0] < kept[1] / 2

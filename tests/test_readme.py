@@ -24,7 +24,7 @@ from etude import cli, errors
 from etude.model.config import PRESETS, EtudeConfig
 
 READMES = ["README.md", "README_CN.md"]
-PAGES = [*READMES, "docs/architecture.md", "docs/corpus.md"]
+PAGES = [*READMES, "docs/architecture.md", "docs/corpus.md", "docs/performance.md"]
 FOREIGN_OPTIONS = {
     "repo-type",
     "local-dir",

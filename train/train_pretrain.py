@@ -9,6 +9,7 @@ def main() -> None:
     from etude.data.batches import Batches
     from etude.data.pretrain import PretrainBlocks, prepare_pretrain
     from etude.losses import causal_lm_loss
+    from etude.training.plan import print_plan
     from etude.training.start import continuation_sample, pretraining_model, pretraining_tokenizer, weights_fingerprint
     from etude.training.trainer import Trainer
 
@@ -21,7 +22,7 @@ def main() -> None:
     blocks, val_blocks = (
         PretrainBlocks(store, config.block_size, tokenizer.pad_id, config.separate_documents) for store in (train, val)
     )
-    Trainer(
+    trainer = Trainer(
         config, model, tokenizer,
         batches=Batches(blocks, config.batch_size, config.seed),
         loss=causal_lm_loss,
@@ -33,7 +34,8 @@ def main() -> None:
             "tokenizer": tokenizer.fingerprint,
             "init_from": weights_fingerprint(config.init_from),
         },
-    ).run()  # fmt: skip
+    )  # fmt: skip
+    print_plan(trainer) if config.plan else trainer.run()
 
 
 if __name__ == "__main__":

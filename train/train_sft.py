@@ -9,6 +9,7 @@ def main() -> None:
     from etude.data.batches import Batches
     from etude.data.sft import SFTRows, prepare_sft
     from etude.losses import causal_lm_loss
+    from etude.training.plan import print_plan
     from etude.training.start import reply_sample, starting_model, weights_fingerprint
     from etude.training.trainer import Trainer
 
@@ -19,7 +20,7 @@ def main() -> None:
     )  # fmt: skip
     rows, val_rows = (SFTRows(store, config.block_size, tokenizer.pad_id) for store in (train, val))
     print(f"packing   {len(rows):,} rows of {config.block_size}, {rows.filled:.1%} filled")
-    Trainer(
+    trainer = Trainer(
         config, model, tokenizer,
         batches=Batches(rows, config.batch_size, config.seed),
         loss=causal_lm_loss,
@@ -31,7 +32,8 @@ def main() -> None:
             "tokenizer": tokenizer.fingerprint,
             "init_from": weights_fingerprint(config.init_from),
         },
-    ).run()  # fmt: skip
+    )  # fmt: skip
+    print_plan(trainer) if config.plan else trainer.run()
 
 
 if __name__ == "__main__":

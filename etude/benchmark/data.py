@@ -6,6 +6,7 @@ MB are 10^6 bytes of UTF-8 text, on all cores; both take turns in one run.
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def compare(config: DataBenchmark, folder: Path, size: int, rounds: int) -> dict
     from etude.data.pretrain import PretrainBlocks, prepare_pretrain
     from etude.tokenizer import Tokenizer
 
-    texts = sized(config, size)
+    texts = sized(config.data, size)
     write(texts, folder / "texts.jsonl")
     tokenizer = Tokenizer(config.tokenizer or trained(folder))
     raw = tokenizers.Tokenizer.from_str(tokenizer.json)
@@ -77,20 +78,18 @@ def compare(config: DataBenchmark, folder: Path, size: int, rounds: int) -> dict
     }
 
 
-def sized(config: DataBenchmark, size: int) -> list[str]:
-    """Texts of about ``size`` bytes in all."""
+def sized(data: Sequence[str], size: int) -> list[str]:
+    """Texts of about ``size`` bytes in all, of the files in ``data`` or of the sample corpus."""
     from itertools import cycle
 
     from etude.corpus.inputs import find_files
     from etude.corpus.jsonl import Rejects, read_texts
     from etude.corpus.sample.world import pretraining_documents
 
-    if config.data:
-        source = [text for _, text in read_texts(find_files(config.data), Rejects(0))]
-    else:
-        source = [record["text"] for record in pretraining_documents(seed=0)]
+    own = (text for _, text in read_texts(find_files(data), Rejects(0)))
+    sample = (record["text"] for record in pretraining_documents(seed=0))
     texts, held = [], 0
-    for text in cycle(source):
+    for text in cycle(own if data else sample):
         if held >= size:
             return texts
         texts.append(text)
@@ -105,9 +104,16 @@ def write(texts: list[str], path: Path) -> None:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
-def trained(folder: Path) -> Path:
+def trained(folder: Path, data: Sequence[str] = (), vocab_size: int = 16_384) -> Path:
     from etude.training.config import TokenizerConfig
     from etude.training.tokenizer import train
 
-    train(TokenizerConfig(data=(str(folder / "texts.jsonl"),), output=str(folder / "tokenizer"), max_bytes=10**7))
+    train(
+        TokenizerConfig(
+            data=tuple(data) or (str(folder / "texts.jsonl"),),
+            output=str(folder / "tokenizer"),
+            vocab_size=vocab_size,
+            max_bytes=10**7,
+        )
+    )
     return folder / "tokenizer"

@@ -57,6 +57,7 @@ class Batches:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.processes = Processes()
         self.left_out: dict[int, int] = {}  # document → the step from which on it teaches nothing
+        self.pinned = False  # whether to put batches where a CUDA device fetches them from without stopping the CPU
 
     @property
     def steps_per_epoch(self) -> float:
@@ -95,11 +96,12 @@ class Batches:
             raise DataError(
                 f"step {step + 1}: its samples cannot be read ({type(error).__name__}: {error}): {samples}"
             ) from error
-        return as_tensors(arrays)
+        batch = as_tensors(arrays)
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pinned else batch
 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
 def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
@@ -109,7 +111,5 @@ def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy a batch to the device; to CUDA from pinned memory, without waiting for the copy (which a tensor with gaps would do)."""
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {name: tensor.contiguous().pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    """Copy a batch to the device, to CUDA without waiting for what is pinned."""
+    return {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in batch.items()}

@@ -132,10 +132,11 @@ def _checked_rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": kind, **scaling}
 
 
-# Named shapes. A flag beside --preset overrides its field. Sizes are for a vocabulary of 16,384, head tied.
+# Named shapes. A flag beside --preset overrides its field. Sizes are for a vocabulary of 16,384, head tied. Heads of 128 channels
+# keep a GPU's attention kernels twice as busy as heads of 64; a CPU does not care.
 PRESETS: dict[str, dict[str, int]] = {
     "nano": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768),  # 7.6M
-    "small": dict(hidden_size=768, num_hidden_layers=6, num_attention_heads=12, intermediate_size=2048),  # 55M
-    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048),  # 98M
-    "medium": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=2816),  # 325M
+    "small": dict(hidden_size=768, num_hidden_layers=6, num_attention_heads=6, intermediate_size=2048),  # 55M
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=6, intermediate_size=2048),  # 98M
+    "medium": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=8, intermediate_size=2816),  # 325M
 }

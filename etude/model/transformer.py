@@ -7,6 +7,7 @@ Its submodules bear Hugging Face's names, so a weight has one name in the model,
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from etude.model.attention import Attention, Context, KVCache
 from etude.model.config import EtudeConfig
@@ -49,6 +50,7 @@ class Etude(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config)
+        self.gradient_checkpointing = False  # in training, keep what enters a layer and compute the rest anew on the way back
         self.init_weights()
 
     @torch.no_grad()
@@ -64,6 +66,20 @@ class Etude(nn.Module):
                 nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
             else:
                 nn.init.normal_(parameter, std=std)
+
+    @torch.no_grad()
+    def init_weights_by_fan_in(self) -> None:
+        """What enters a layer keeps its size (a standard deviation of 1 / sqrt(inputs)), and no layer writes anything yet: the
+        residual stream starts with the embedding alone (https://arxiv.org/abs/2203.03466, appendix D.2). An untied head starts
+        at 0 too, every token being as likely as any other, and the embedding at 1, the size that norms bring it to.
+        """
+        for name, parameter in self.named_parameters():
+            if name == "embed_tokens.weight":
+                nn.init.normal_(parameter, std=1.0 if self.lm_head is not None else self.config.initializer_range)
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim >= 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
     @property
     def head_weight(self) -> Tensor:
@@ -101,7 +117,10 @@ class Etude(nn.Module):
         cos, sin = (table.view(-1, T, 1, table.shape[-1]) for table in (cos, sin))  # (B or 1, T, 1, d/2)
         context = Context(cos, sin, mask, causal=mask is None and T > 1, cache=cache, bounds=bounds)
         for layer in self.layers:
-            x = layer(x, context)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False)  # https://arxiv.org/abs/1604.06174
+            else:
+                x = layer(x, context)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -56,6 +56,10 @@ class TrainingConfig:
     auto_micro_batch: bool = option(
         False, "out of memory: halve micro_batch_size and go on, with the same gradient (but for dropout)"
     )
+    gradient_checkpointing: bool = option(
+        False,
+        "keep little of the forward pass and compute it again: a third of the memory, a fourth more time, the same gradient",
+    )
     epochs: float = option(3.0, "passes over the data")
     max_steps: int | None = option(None, "optimizer steps; takes the place of epochs")
 
@@ -72,6 +76,12 @@ class TrainingConfig:
     beta2: float = option(0.95, "AdamW's decay of the gradient's square")
     epsilon: float = option(1e-8, "AdamW's epsilon")
     momentum: float = option(0.95, "Muon's momentum")
+    momentum_warmup: int = option(0, "steps over which Muon's momentum rises to that from 0.85")
+    query_key_learning_rate: float | None = option(
+        None, "peak for the query and key projections (default: learning_rate); a third of it lets the rest learn faster"
+    )
+    embedding_learning_rate: float | None = option(None, "peak for the token embedding (default: learning_rate)")
+    head_learning_rate: float | None = option(None, "peak for an untied head (default: learning_rate)")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm (0: never)")
     spike_factor: float = option(5.0, "a loss or gradient norm above so many times the median of the last 64 steps is a spike")
     skip_spikes: int = option(0, "skip the update of a step that spikes, at most so often (0: never)")
@@ -105,6 +115,11 @@ class TrainingConfig:
     sample_every: int | None = option(None, "steps between printed samples (default: a fifth of the run; 0: never)")
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "where to send metrics besides metrics.jsonl")
 
+    plan: bool = option(
+        False, "measure some steps, print what the run would take (memory, time, disk, cost), and train nothing"
+    )
+    hourly_price: float = option(0.0, "what an hour of this machine costs, for plan (0: no line about it)")
+
     def __post_init__(self) -> None:
         _at_least(self, 1, "block_size", "batch_size", "log_every", "keep_checkpoints")
         _at_least(
@@ -117,6 +132,10 @@ class TrainingConfig:
             "threads",
             "max_eval_tokens",
             "learning_rate",
+            "query_key_learning_rate",
+            "embedding_learning_rate",
+            "head_learning_rate",
+            "momentum_warmup",
             "weight_decay",
             "max_grad_norm",
         )
@@ -135,6 +154,8 @@ class TrainingConfig:
             raise UsageError(f"epsilon ({self.epsilon}) must be greater than 0")
         if not self.collective_timeout > 0:
             raise UsageError(f"collective_timeout ({self.collective_timeout}) must be greater than 0")
+        if not 0 <= self.hourly_price < math.inf:
+            raise UsageError(f"hourly_price ({self.hourly_price}) must be at least 0, and finite")
         if not self.spike_factor > 1:
             raise UsageError(f"spike_factor ({self.spike_factor}) must be greater than 1")
         if self.skip_spikes and self.rewind_on_spike:
@@ -146,9 +167,10 @@ class TrainingConfig:
 # On resume these may differ: they do not change what is computed, or only when it stops.
 TOLD_BY_CONTENT = {"data", "val_data", "output", "token_cache", "tokenizer", "init_from"}  # and not by where they lie
 FREE_ON_RESUME = TOLD_BY_CONTENT | {
-    "resume", "allow_mismatch", "micro_batch_size", "auto_micro_batch", "epochs", "max_steps", "device", "compile", "deterministic", "threads",
-    "collective_timeout", "parallel",
+    "resume", "allow_mismatch", "micro_batch_size", "auto_micro_batch", "gradient_checkpointing", "epochs", "max_steps",
+    "device", "compile", "deterministic", "threads", "collective_timeout", "parallel",
     "log_every", "eval_every", "max_eval_tokens", "save_every", "keep_checkpoints", "sample_every", "tracker", "max_bad",
+    "plan", "hourly_price",
 }  # fmt: skip
 
 
@@ -186,6 +208,11 @@ class PretrainConfig(TrainingConfig):
     )
     tie_word_embeddings: bool = option(True, "share the embedding with the output head")
     qk_norm: bool = option(False, "normalise queries and keys; the export is then a Qwen3")
+    initializer: Literal["normal", "fan_in"] = option(
+        "normal",
+        "normal: initializer_range everywhere; fan_in: 1 / sqrt(inputs), and nothing that the residual stream starts with "
+        "but the embedding",
+    )
     initializer_range: float = option(0.02, "standard deviation of the initial weights")
 
     def model_shape(self, on_accelerator: bool) -> dict:

@@ -27,23 +27,32 @@ def lr_at(step: int, steps: int, config: TrainingConfig) -> float:
 
 
 def make_optimizers(
-    model: nn.Module, config: TrainingConfig, device: torch.device, processes: Processes | None = None
+    model: nn.Module,
+    config: TrainingConfig,
+    device: torch.device,
+    processes: Processes | None = None,
+    compiled: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest; one learning rate serves both.
 
     Norms, biases and embeddings are not decayed: pulling them to zero only fights the loss.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = [p for name, p in named if p.ndim >= 2 and not name.startswith(("embed_tokens.", "lm_head."))]
-    decayed_head = [p for name, p in named if name.startswith("lm_head.")]
-    others = [p for name, p in named if p.ndim < 2 or name.startswith("embed_tokens.")]
-    by_muon = matrices if config.optimizer == "muon" else []
-    groups = [
-        {"params": ([] if by_muon else matrices) + decayed_head, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "query_key": [], "head": [], "embedding": [], "norms": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kinds[_kind(name, parameter)].append(parameter)
+    groups = {
+        kind: {
+            "params": parameters,
+            "weight_decay": 0.0 if kind in ("embedding", "norms") else config.weight_decay,
+            "lr_factor": _lr_factor(kind, config),
+        }
+        for kind, parameters in kinds.items()
+        if parameters
+    }
+    by_muon = [groups.pop(kind) for kind in ("matrices", "query_key") if config.optimizer == "muon" and kind in groups]
     adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        list(groups.values()),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -52,10 +61,36 @@ def make_optimizers(
     if not by_muon:
         return [adamw]
     dtype = torch.bfloat16 if pick_precision("auto", device) == "bf16" else torch.float32
-    return [adamw, Muon(by_muon, config.learning_rate, config.weight_decay, config.momentum, dtype, processes)]
+    return [adamw, Muon(by_muon, config.learning_rate, config.weight_decay, config.momentum, dtype, processes, compiled)]
 
 
-def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    if name.startswith("lm_head."):
+        return "head"
+    if name.startswith("embed_tokens."):
+        return "embedding"
+    if parameter.ndim < 2:
+        return "norms"
+    return "query_key" if name.endswith(("q_proj.weight", "k_proj.weight")) else "matrices"
+
+
+def _lr_factor(kind: str, config: TrainingConfig) -> float:
+    """What the schedule's learning rate is multiplied by for parameters of a kind."""
+    own = getattr(config, f"{kind}_learning_rate", None)
+    return own / config.learning_rate if own is not None and config.learning_rate else 1.0
+
+
+def momentum_at(step: int, config: TrainingConfig) -> float:
+    """Muon's momentum at step ``step`` (from 0): it rises while gradients still turn quickly."""
+    if step >= config.momentum_warmup:
+        return config.momentum
+    low = min(config.momentum, 0.85)
+    return low + (config.momentum - low) * step / config.momentum_warmup
+
+
+def set_for_step(optimizers: list[torch.optim.Optimizer], lr: float, momentum: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
+            if "momentum" in group:
+                group["momentum"] = momentum

@@ -55,7 +55,10 @@ def pretraining_model(config: PretrainConfig, tokenizer: Tokenizer) -> Etude:
     )
     _require_length(shape, config)
     torch.manual_seed(config.seed)
-    return Etude(shape)
+    model = Etude(shape)
+    if config.initializer == "fan_in":
+        model.init_weights_by_fan_in()
+    return model
 
 
 def starting_model(config: TrainingConfig, before: str) -> tuple[Etude, Tokenizer]:

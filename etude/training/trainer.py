@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from etude.device import describe, peak_flops, pick_compile, pick_device, pick_p
 from etude.errors import Interrupted, MismatchError, UsageError
 from etude.evaluation import LossResult, evaluate_loss
 from etude.lock import FolderLock
-from etude.losses import Loss
+from etude.losses import Loss, causal_lm_loss, linear_cross_entropy
 from etude.model.transformer import Etude
 from etude.parallel import from_environment, local_device
 from etude.runlog import RunLog, SilentLog, duration
@@ -30,7 +31,7 @@ from etude.training.config import TrainingConfig
 from etude.training.gradients import GradientSum, is_out_of_memory
 from etude.training.health import Health
 from etude.training.identity import changes_since, free_settings, identity
-from etude.training.optim import lr_at, make_optimizers, set_lr
+from etude.training.optim import lr_at, make_optimizers, momentum_at, set_for_step
 from etude.training.sharding import is_sharded, release, shard, whole
 from etude.training.signals import StopSignals
 from etude.training.spikes import SpikeFound, Spikes
@@ -69,11 +70,12 @@ class Trainer:
         self.precision = pick_precision(config.precision, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams and events are the current device's
+            batches.pinned = True
         self.sharded = is_sharded(config, self.processes, self.precision)
         self.model = model if self.sharded else model.to(self.device)
+        model.gradient_checkpointing = config.gradient_checkpointing
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
-        self.optimizers = [] if self.sharded else make_optimizers(self.model, config, self.device, self.processes)
         self.health = Health(batches, self.device, scaled=self.precision == "fp16")
         self.spikes = Spikes(config)
 
@@ -81,6 +83,7 @@ class Trainer:
         self.tokens_per_step = config.batch_size * batches.samples.block_size
         flops = model.config.training_flops_per_token(batches.samples.block_size) * self.tokens_per_step * self.steps
         self.compiled = pick_compile(config.compile, self.device, flops)
+        self.optimizers = [] if self.sharded else self._make_optimizers()
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
         rows = self.processes.rows(config.batch_size)
         self.gradients = GradientSum(
@@ -139,8 +142,15 @@ class Trainer:
         if self.compiled:  # layer by layer: gathering weights in between cannot be compiled
             for layer in self.model.layers:
                 layer.compile(dynamic=False)
+            if self.loss is causal_lm_loss:
+                cross_entropy = torch.compile(linear_cross_entropy, dynamic=False)
+                self.gradients.loss = partial(causal_lm_loss, cross_entropy=cross_entropy)
         shard(self.model, self.device, self.config.optimizer)
-        self.optimizers = make_optimizers(self.model, self.config, self.device, self.processes)
+        self.optimizers = self._make_optimizers()
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        fused = self.compiled and self.device.type == "cuda"  # on a CPU it would save nothing
+        return make_optimizers(self.model, self.config, self.device, self.processes, fused)
 
     def _loop(self, loader: ThreadPoolExecutor, stop: StopSignals) -> None:
         every = self._intervals()
@@ -209,7 +219,7 @@ class Trainer:
         batch is cut into micro-batches.
         """
         lr = lr_at(self.step, self.steps, self.config)
-        set_lr(self.optimizers, lr)
+        set_for_step(self.optimizers, lr, momentum_at(self.step, self.config))
         # Sums over thousands of tokens would overflow fp16 on the way back; a constant keeps them near 1.
         scale = 1.0 / self.tokens_per_step
         loss_sum, weight = self.gradients.compute(self.step, batch, scale, tell=self.log.line)

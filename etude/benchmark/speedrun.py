@@ -1,0 +1,177 @@
+"""How good a model gets in a fixed time: trained from scratch for some seconds of steps, then measured in bits per byte.
+
+Compiling and the first steps are not counted; the learning rate follows the time that has passed. The validation text is read in
+windows of ``block_size``, each token predicted from those before it in its window.
+"""
+
+import dataclasses
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from etude.benchmark.data import sized, trained, write
+from etude.benchmark.report import tell
+from etude.cli import option
+from etude.errors import UsageError
+
+# The best of what was tried for a small Llama (docs/performance.md).
+RECIPE: dict[str, Any] = {
+    "optimizer": "muon",
+    "learning_rate": 9e-3,
+    "query_key_learning_rate": 3e-3,
+    "embedding_learning_rate": 0.2,
+    "head_learning_rate": 4e-3,
+    "momentum_warmup": 300,
+    "weight_decay": 0.1,
+    "schedule": "wsd",
+    "warmup_fraction": 0.01,
+    "final_lr_fraction": 0.0,
+    "initializer": "fan_in",
+    "tie_word_embeddings": False,
+    "block_size": 512,
+    "batch_size": 128,
+    "micro_batch_size": 64,
+}
+WARMUP_STEPS, TIMED_STEPS = 5, 15  # before the run: to compile, and to see how long a step takes
+REVISED_EVERY = 20  # steps after which the rest of the run is estimated anew
+
+
+@dataclass(frozen=True)
+class SpeedrunBenchmark:
+    data: tuple[str, ...] = option((), "text to train on: .jsonl or .txt files (default: the sample corpus's)")
+    val_data: tuple[str, ...] = option((), "text to measure on (default: a hundredth of data)")
+    tokenizer: str = option("", "tokenizer folder (default: one of 16,384 tokens, trained on the text)")
+    token_cache: str = option("", "folder that keeps data once tokenised (default: none)")
+    seconds: float = option(80.0, "time to train for")
+    preset: Literal["nano", "small", "base", "medium"] = option("small", "named shape")
+    settings: dict | None = option(None, "settings of train_pretrain.py that differ from the recipe's, as JSON")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    quick: bool = option(False, "a small shape, ten seconds, not compiled: a minute on two CPU cores")
+    output: str = option("", "also write the figures to this .json file")
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise UsageError(f"seconds ({self.seconds}) must be greater than 0")
+
+
+def speedrun(config: SpeedrunBenchmark) -> None:
+    """Train, measure, and print the figures."""
+    if config.quick:
+        small = {"batch_size": 16, "micro_batch_size": 16, "block_size": 256, "compile": "off"}
+        config = dataclasses.replace(config, preset="nano", seconds=10.0, settings={**small, **(config.settings or {})})
+    with tempfile.TemporaryDirectory(prefix="etude_benchmark_") as folder:
+        tell(measure(config, Path(folder)), config.output)
+
+
+def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
+    import torch
+
+    from etude.data.batches import Batches
+    from etude.data.pretrain import PretrainBlocks, prepare_pretrain
+    from etude.device import describe
+    from etude.evaluation import evaluate_loss
+    from etude.losses import causal_lm_loss
+    from etude.tokenizer import Tokenizer
+    from etude.training.config import PretrainConfig
+    from etude.training.start import pretraining_model
+    from etude.training.trainer import Trainer
+
+    data = list(config.data)
+    if not data:
+        write(sized((), 4_000_000 if config.quick else 20_000_000), folder / "texts.jsonl")
+        data = [str(folder / "texts.jsonl")]
+    tokenizer = Tokenizer(config.tokenizer or trained(folder, data, 4_096 if config.quick else 16_384))
+    settings = PretrainConfig(
+        **{**RECIPE, **(config.settings or {})},
+        preset=config.preset,
+        device=config.device,
+        output=str(folder / "run"),
+        max_steps=10**6,
+    )
+    cache = config.token_cache or folder / "cache"
+    train, val = prepare_pretrain(data, tokenizer, cache, config.val_data, 0.0 if config.val_data else 0.01)
+    blocks = PretrainBlocks(train, settings.block_size, tokenizer.pad_id, settings.separate_documents)
+    windows = PretrainBlocks(val, settings.block_size, tokenizer.pad_id)
+
+    def fresh() -> Trainer:
+        batches = Batches(blocks, settings.batch_size, settings.seed)
+        return Trainer(settings, pretraining_model(settings, tokenizer), tokenizer, batches, causal_lm_loss, val=windows)
+
+    trainer = fresh()
+    started = time.perf_counter()
+    trainer.model.train()
+    for step in range(WARMUP_STEPS + TIMED_STEPS):
+        if step == WARMUP_STEPS:
+            wait(trainer)
+            timed = time.perf_counter()
+        trainer._optimizer_step(trainer.batches.at(step))
+    wait(trainer)
+    rate = TIMED_STEPS / (time.perf_counter() - timed)
+    warmup = time.perf_counter() - started
+    _start_over(trainer, fresh())
+    seconds = _train(trainer, config.seconds, rate)
+    result = evaluate_loss(
+        trainer.model,
+        windows,
+        trainer.device,
+        trainer.precision,
+        causal_lm_loss,
+        batch_size=trainer.eval_batch_size,
+        max_tokens=0,
+    )
+    tokens = trainer.step * trainer.tokens_per_step
+    return {
+        "machine": describe(trainer.device),
+        "torch": torch.__version__,
+        "precision": trainer.precision + (", compiled" if trainer.compiled else ""),
+        "exports as": "Qwen3" if trainer.model.config.qk_norm else "Llama",
+        "settings that differ": config.settings or "none",
+        "val bits per byte": round(trainer._bits_per_byte(result), 4),
+        "val loss": round(result.loss, 4),
+        "seconds of steps": round(seconds, 1),
+        "seconds before, not counted": round(warmup, 1),
+        "steps": trainer.step,
+        "tokens": tokens,
+        "epochs": round(trainer.step / trainer.batches.steps_per_epoch, 2),
+        "tokens/s": round(tokens / seconds),
+    }
+
+
+def wait(trainer) -> None:
+    import torch
+
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+
+
+def _start_over(trainer, other) -> None:
+    """Give a trainer whose code has been compiled the weights and the optimizers of a new one."""
+    trainer.model.load_state_dict(other.model.state_dict())
+    trainer.optimizers = trainer._make_optimizers()
+    trainer.step = 0
+
+
+def _train(trainer, budget: float, rate: float) -> float:
+    """Steps until the time is used up, about ``rate`` a second; the schedule ends with the last. Returns the seconds they took."""
+    with ThreadPoolExecutor(1) as loader:
+        upcoming = [loader.submit(trainer.batches.at, step) for step in range(2)]
+        wait(trainer)
+        started = time.perf_counter()
+        first: tuple[float, int] | None = None  # when the rate began to be measured, and at which step
+        trainer.steps = max(1, round(budget * rate))
+        while trainer.step < trainer.steps:
+            if trainer.step and trainer.step % REVISED_EVERY == 0:
+                wait(trainer)  # else what has been launched would pass for done
+                passed = time.perf_counter() - started
+                first = first or (passed, trainer.step)
+                if trainer.step > first[1]:
+                    rate = (trainer.step - first[1]) / (passed - first[0])
+                    trainer.steps = trainer.step + max(1, round((budget - passed) * rate))
+            upcoming.append(loader.submit(trainer.batches.at, trainer.step + 2))
+            trainer._optimizer_step(upcoming.pop(0).result())
+            trainer.step += 1
+        wait(trainer)
+        return time.perf_counter() - started
