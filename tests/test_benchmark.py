@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from etude import losses
-from etude.benchmark import decode, sft
+from etude.benchmark import decode, sft, speedrun
 from etude.benchmark.decode import DecodeBenchmark
 from etude.benchmark.report import in_turns
 from etude.benchmark.sft import SFTBenchmark
+from etude.benchmark.speedrun import SpeedrunBenchmark
 from etude.data.sft import SFTRows
 from etude.errors import UsageError, VerificationError
 from etude.generation import plain
@@ -182,3 +183,45 @@ def test_sft_refuses_conversations_that_see_each_other(tuning, tmp_path, monkeyp
     monkeypatch.setattr(SFTRows, "load", mixed)
     with pytest.raises(VerificationError, match="packed conversations have other losses than padded ones"):
         sft.compare(tuning, tmp_path)
+
+
+# ---- speedrun -----------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "block_size": 32, "batch_size": 4,
+    "micro_batch_size": 4, "compile": "off", "momentum_warmup": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_speedrun_starts_anew_after_its_warm_up_and_ends_with_its_schedule(
+    qk_norm, text_file, tokenizer_folder, tmp_path, monkeypatch, capsys
+):
+    began, ended = [], []
+    train = speedrun._train
+
+    def watched(trainer, budget, rate):
+        assert trainer.step == 0 and not any(optimizer.state for optimizer in trainer.optimizers)
+        began.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        seconds = train(trainer, budget, 1e-9)  # one step: time is not what is tested
+        ended.append(trainer.optimizers[0].param_groups[0]["lr"])
+        return seconds
+
+    monkeypatch.setattr(speedrun, "_train", watched)
+    config = SpeedrunBenchmark(
+        data=(str(text_file),), val_data=(str(text_file),), tokenizer=str(tokenizer_folder), preset="nano", seconds=0.1, device="cpu",
+        settings={**TINY, "qk_norm": qk_norm, "warmup_fraction": 0.0}, output=str(tmp_path / "figures.json"),
+    )  # fmt: skip
+    speedrun.speedrun(config)
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert figures["exports as"] == ("Qwen3" if qk_norm else "Llama") and figures["steps"] == 1 and figures["tokens"] == 128
+    assert figures["val bits per byte"] > 0 and ended == [0.0]
+    for name, tensor in began[0].items():  # new weights, as the recipe begins with
+        assert name.endswith("norm.weight") or tensor.any() == (
+            not name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight"))
+        )
+
+
+def test_speedrun_refuses_no_time():
+    with pytest.raises(UsageError, match=r"seconds \(0.0\) must be greater than 0"):
+        SpeedrunBenchmark(seconds=0.0)

@@ -462,3 +462,22 @@ def test_every_weight_takes_part():
         model(ids_of()).square().mean().backward()
         unused = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
         assert not unused
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fan_in_keeps_what_enters_a_layer_its_size_and_lets_no_layer_write_yet(tied):
+    torch.manual_seed(0)
+    model = Etude(EtudeConfig(
+        vocab_size=500, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512, tie_word_embeddings=tied,
+        qk_norm=True,
+    ))  # fmt: skip
+    model.init_weights_by_fan_in()
+    for name, weight in model.named_parameters():
+        part = name.split(".")[-2]
+        std = {"o_proj": 0.0, "down_proj": 0.0, "lm_head": 0.0, "embed_tokens": 0.02 if tied else 1.0}.get(part, 1 / 16)
+        if weight.ndim == 1:
+            assert (weight == 1).all(), name
+        else:
+            assert weight.std().item() == pytest.approx(std, rel=0.02), name
+    ids = torch.arange(20)[None]
+    assert torch.equal(model.hidden(ids), model.norm(model.embed_tokens(ids)))

@@ -27,7 +27,7 @@ from etude.losses import IGNORED, Loss, causal_lm_loss
 from etude.runlog import RunLog, read_metrics
 from etude.training import checkpoint, trainer
 from etude.training.config import PretrainConfig
-from etude.training.optim import lr_at, make_optimizers
+from etude.training.optim import lr_at, make_optimizers, momentum_at
 from etude.training.start import pretraining_model
 from etude.training.trainer import Trainer
 from etude.weights import load_model
@@ -682,6 +682,39 @@ def test_only_matrices_are_decayed_and_every_weight_is_trained_once(make, kind, 
             in_a_layer = name.endswith("_proj.weight")
             assert group["weight_decay"] == (0.1 if in_a_layer or name == "lm_head.weight" else 0.0), name
             assert optimizer == ("Muon" if kind == "muon" and in_a_layer else "AdamW"), name
+
+
+def test_each_kind_of_weight_may_have_a_rate_of_its_own(make, kind):
+    own = {"query_key_learning_rate": 0.01, "embedding_learning_rate": 0.3, "head_learning_rate": 0.0}
+    run = make(
+        "run",
+        optimizer=kind,
+        tie_word_embeddings=False,
+        learning_rate=0.1,
+        qk_norm=True,
+        max_steps=4,
+        warmup_fraction=0.5,
+        **own,
+    )
+    run._optimizer_step(run.batches.at(0))  # half way up
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    rates = {names[p]: group["lr"] for o in run.optimizers for group in o.param_groups for p in group["params"]}
+    for name, rate in rates.items():
+        part = name.split(".")[-2]
+        wanted = {"q_proj": 0.01, "k_proj": 0.01, "embed_tokens": 0.3, "lm_head": 0.0}.get(part, 0.1)
+        assert rate == pytest.approx(wanted / 2), name
+    left_out = make("other", optimizer=kind, tie_word_embeddings=False)
+    assert {group["lr_factor"] for o in left_out.optimizers for group in o.param_groups} == {1.0}
+
+
+def test_muon_s_momentum_rises(make):
+    config = PretrainConfig(momentum=0.95, momentum_warmup=10)
+    assert [momentum_at(step, config) for step in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert momentum_at(0, PretrainConfig(momentum=0.95)) == 0.95
+    assert momentum_at(3, PretrainConfig(momentum=0.5, momentum_warmup=10)) == 0.5
+    run = make("run", optimizer="muon", momentum_warmup=4, max_steps=4)
+    run._optimizer_step(run.batches.at(0))
+    assert run.optimizers[1].param_groups[0]["momentum"] == 0.85
 
 
 def test_weights_that_are_frozen_are_left_alone(make):

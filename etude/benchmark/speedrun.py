@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from etude.benchmark.data import sized, trained, write
-from etude.benchmark.report import tell
+from etude.benchmark.report import tell, wait
 from etude.cli import option
 from etude.errors import UsageError
 
@@ -105,10 +105,10 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
     trainer.model.train()
     for step in range(WARMUP_STEPS + TIMED_STEPS):
         if step == WARMUP_STEPS:
-            wait(trainer)
+            wait(trainer.device)
             timed = time.perf_counter()
         trainer._optimizer_step(trainer.batches.at(step))
-    wait(trainer)
+    wait(trainer.device)
     rate = TIMED_STEPS / (time.perf_counter() - timed)
     warmup = time.perf_counter() - started
     _start_over(trainer, fresh())
@@ -140,13 +140,6 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
     }
 
 
-def wait(trainer) -> None:
-    import torch
-
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
-
-
 def _start_over(trainer, other) -> None:
     """Give a trainer whose code has been compiled the weights and the optimizers of a new one."""
     trainer.model.load_state_dict(other.model.state_dict())
@@ -158,13 +151,13 @@ def _train(trainer, budget: float, rate: float) -> float:
     """Steps until the time is used up, about ``rate`` a second; the schedule ends with the last. Returns the seconds they took."""
     with ThreadPoolExecutor(1) as loader:
         upcoming = [loader.submit(trainer.batches.at, step) for step in range(2)]
-        wait(trainer)
+        wait(trainer.device)
         started = time.perf_counter()
         first: tuple[float, int] | None = None  # when the rate began to be measured, and at which step
         trainer.steps = max(1, round(budget * rate))
         while trainer.step < trainer.steps:
             if trainer.step and trainer.step % REVISED_EVERY == 0:
-                wait(trainer)  # else what has been launched would pass for done
+                wait(trainer.device)  # else what has been launched would pass for done
                 passed = time.perf_counter() - started
                 first = first or (passed, trainer.step)
                 if trainer.step > first[1]:
@@ -173,5 +166,5 @@ def _train(trainer, budget: float, rate: float) -> float:
             upcoming.append(loader.submit(trainer.batches.at, trainer.step + 2))
             trainer._optimizer_step(upcoming.pop(0).result())
             trainer.step += 1
-        wait(trainer)
+        wait(trainer.device)
         return time.perf_counter() - started

@@ -117,4 +117,6 @@ def origin_of(run: Path, settings: TrainingConfig | None, newest: Checkpoint | N
         shape = EtudeConfig.from_dict(read_config_json(run))
     else:
         return Origin(None, from_scratch)
-    return Origin(shape.vocab_size, from_scratch, shape.initializer_range * shape.hidden_size**0.5)
+    head_is_zero = from_scratch and settings.initializer == "fan_in" and not shape.tie_word_embeddings
+    head_std = 0.0 if head_is_zero else shape.initializer_range
+    return Origin(shape.vocab_size, from_scratch, head_std * shape.hidden_size**0.5)
