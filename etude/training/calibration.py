@@ -204,7 +204,6 @@ def _forget(trainer: Trainer) -> None:
     trainer.gradients.forget()
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
-    gc.collect()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: what is left of a heap would count in the next peak
@@ -294,7 +293,8 @@ class Calibration:
         except (RuntimeError, UsageError) as error:
             if not any(isinstance(found, Exception) and is_out_of_memory(found) for found in (error, error.__cause__)):
                 raise
-        _forget(self.trainer)  # out here, where no traceback holds the activations any more
+        gc.collect()  # out here, where no traceback holds the activations any more
+        _forget(self.trainer)
         self.failed = rows
         return False
 

@@ -168,22 +168,26 @@ def _seconds(
     """What a run's time goes to."""
     every = trainer._intervals()
     validations, samples, saves = (_times(trainer.steps, every[name]) for name in ("eval", "sample", "save"))
-    seconds = {f"{trainer.steps:,} steps": trainer.steps * step}
+    seconds = {_counted(trainer.steps, "step"): trainer.steps * step}
     models = 1  # that are saved
     if trainer.val is not None:
-        seconds[f"{validations:,} validations"] = validations * validation
+        seconds[_counted(validations, "validation")] = validations * validation
         models += validations  # each is the best so far, if all goes well
     if trainer.sample and every["sample"]:
-        seconds[f"{samples:,} samples"] = samples * _timed(lambda: trainer.sample(trainer.model))
+        seconds[_counted(samples, "sample")] = samples * _timed(lambda: trainer.sample(trainer.model))
     # A step waits for a checkpoint's copy, and for the checkpoint before it if that is still being written.
     parameters = list(trainer.model.parameters())
     copying = _timed(lambda: [parameter.detach().to("cpu", copy=True) for parameter in parameters]) * checkpoint_bytes / weights
     writing = checkpoint_bytes / DISK_BYTES_PER_SECOND
     waiting = copying + max(0.0, writing - every["save"] * step)
-    seconds[f"{saves:,} checkpoints"] = saves * waiting + writing + models * weights / DISK_BYTES_PER_SECOND
+    seconds[_counted(saves, "checkpoint")] = saves * waiting + writing + models * weights / DISK_BYTES_PER_SECOND
     if compiling:
         seconds["compiling"] = compiling
     return seconds
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -248,22 +252,22 @@ def told(plan: Plan, trainer: Trainer) -> list[str]:
 
 
 def _memory_told(plan: Plan, trainer: Trainer) -> str:
-    had = "" if plan.limit is None else f"{_size(plan.limit)} that can be had"
-    on_cpu = ", of the whole process" if trainer.device.type == "cpu" else ""
     if plan.fits is None:
         return "not known: it can be watched on CUDA devices, and for a CPU on Linux and macOS"
+    had, on_cpu = f"{_size(plan.limit)} that can be had", trainer.device.type == "cpu"
+    if not plan.taken:
+        shorter = f"a shorter --block_size than {trainer.config.block_size}"
+        return f"not even one row fits into the {had}: choose {shorter}, or a smaller model"
+    peak = f"{_size(plan.peak)} at the peak{' of the whole process' if on_cpu else ''}"
+    beside = " beside a checkpoint's copy" if on_cpu else ""
     if plan.fits:
         larger = " (of use with a larger --batch_size)" if plan.largest > trainer.config.batch_size else ""
-        return (
-            f"{_size(plan.peak)} at the peak{on_cpu}, with --micro_batch_size {plan.asked}; of {had}, up to "
-            f"--micro_batch_size {plan.largest} fits{larger}"
-        )
-    if not plan.taken:
-        return f"not even one row fits into the {had}: choose a shorter --block_size than {trainer.config.block_size}, or a smaller model"
+        most = f"--micro_batch_size {plan.largest} fits{beside}{larger}"
+        return f"{peak} with --micro_batch_size {plan.asked}; of {had}, up to {most}"
     wanted = "ran out of memory" if plan.asked_peak is None else f"would take {_size(plan.asked_peak)}"
     return (
-        f"--micro_batch_size {plan.asked} does not fit: it {wanted}, of {had}; --micro_batch_size {plan.taken} does, "
-        f"with {_size(plan.peak)} at the peak{on_cpu}, and gives the same gradient"
+        f"--micro_batch_size {plan.asked} does not fit: it {wanted}, of {had}; --micro_batch_size {plan.taken} does{beside}, "
+        f"with {peak}, and gives the same gradient"
     )
 
 
