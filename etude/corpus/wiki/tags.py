@@ -17,9 +17,10 @@ HIDDEN |= {"includeonly", "categorytree", "indicator", "templatestyles", "dynami
 OPAQUE = KEPT | FORMULAS | HIDDEN | {"poem"}
 OPAQUE_TAG = re.compile(rf"<(?:!--|((?i:{'|'.join(sorted(OPAQUE))}))(?=[\s/>])[^<>]*+>)")
 CLOSING_TAG = {name: re.compile(rf"</{name}\s*+>", re.IGNORECASE) for name in OPAQUE}
-# A reference ends at its first closing tag; one that holds another reference was never closed.
+# A reference ends at its first closing tag; one that holds another reference was never closed. (The group is not possessive, as it
+# could be: Python 3.11.2 then finds nothing, https://github.com/python/cpython/issues/106052.)
 REFERENCE = re.compile(
-    r"<[rR][eE][fF](?=[\s/>])[^<>]*+>(?:(?<=/>)|[^<]*+(?:<(?!/?[rR][eE][fF][\s/>])[^<]*+)*+</[rR][eE][fF]\s*+>)"
+    r"<[rR][eE][fF](?=[\s/>])[^<>]*+>(?:(?<=/>)|[^<]*+(?:<(?!/?[rR][eE][fF][\s/>])[^<]*+)*</[rR][eE][fF]\s*+>)"
 )
 TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*+)[^<>]*+>")
 HIDDEN_SPAN = re.compile(r"<span[^<>]*?display:\s?none[^<>]*+>[^<]*+</span>")
