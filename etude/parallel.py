@@ -31,8 +31,9 @@ class Processes:
     Numbers that a decision hangs on travel over the CPU (gloo), so that agreeing never waits for a GPU's queue.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, timeout_seconds: float = 600.0):
-        self.rank, self.count, self.timeout_seconds = rank, count, timeout_seconds
+    def __init__(self, rank: int = 0, count: int = 1, timeout_seconds: float = 600.0, on_machine: int | None = None):
+        """``on_machine``: how many of them run on one machine (default: all)."""
+        self.rank, self.count, self.timeout_seconds, self.on_machine = rank, count, timeout_seconds, on_machine or count
         self._step = 0
         self._control = None  # a gloo group beside NCCL's
         self._store: torch.distributed.Store  # what processes leave for one another, by key
@@ -278,7 +279,8 @@ def from_environment(batch_size: int, timeout_seconds: float) -> Processes:
         raise UsageError(
             f"batch_size ({batch_size}) must be at least the number of processes ({count}): each takes a row or more"
         )
-    return Processes(int(os.environ.get("RANK", "0")), count, timeout_seconds)
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    return Processes(int(os.environ.get("RANK", "0")), count, timeout_seconds, on_machine)
 
 
 def local_device(name: str) -> str:

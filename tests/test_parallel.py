@@ -28,16 +28,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def in_processes(count: int, body, seconds: float = 60.0) -> list[int]:
+def in_processes(count: int, body, seconds: float = 60.0, on_machine: int | None = None) -> list[int]:
     """Run ``body(rank)`` in ``count`` forked processes, as torchrun would start them; their exit codes, or minus their signals.
 
-    Who is still there ``seconds`` later is killed.
+    ``on_machine`` of them take each other to be on one machine (default: all). Who is still there ``seconds`` later is killed.
     """
     port, children = free_port(), []
     for rank in range(count):
         child = os.fork()
         if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            here = on_machine or count
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank % here),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(here),
+            }
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             code = 99
             try:

@@ -12,8 +12,8 @@ from test_trainer import asking_to_stop, assert_same, make, metrics, no_waiting,
 
 from etude.errors import DataError, Interrupted, StorageError, UsageError
 from etude.losses import causal_lm_loss
-from etude.training import checkpoint
-from etude.weights import load_model
+from etude.training import checkpoint, sharding
+from etude.weights import load_model, to_disk_name
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
 DIVIDED = {**TWO, "parallel": "fsdp", "micro_batch_size": 3}
@@ -76,7 +76,7 @@ def test_a_divided_state_comes_back_whole_and_is_divided_again(make, tmp_path, k
         loop = run._loop
 
         def compare(loader, stop):
-            again = checkpoint.snapshot({}, run.model, run.optimizers, run.processes if run.sharded else None)
+            again = checkpoint.snapshot({}, run.model, run.optimizers, run.parts)
             parts = again.model | again.optimizer
             for name, whole in before.items():
                 part = parts[name if "/" in name else f"model.{name}" if not name.startswith("lm_head") else name]
@@ -272,14 +272,80 @@ def test_the_process_that_fails_in_writing_keeps_its_own_error(make, tmp_path, c
     assert f"rank {who}: not to be written" in capfd.readouterr().err
 
 
-def test_muon_is_refused_where_a_process_would_have_no_row_of_a_matrix(make, capfd):  # noqa: F811
-    settings = {
-        **DIVIDED,
-        "batch_size": 3,
-        "optimizer": "muon",
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_process_may_have_no_row_of_a_matrix(make, tmp_path, kind):  # noqa: F811
+    shape = {
         "hidden_size": 4,
         "num_attention_heads": 2,
         "intermediate_size": 2,
-    }
-    assert in_processes(3, lambda rank: make("run", **settings).run()) == [UsageError.exit_code] * 3
-    assert "a matrix of the model has 2 rows, fewer than the 3 processes" in capfd.readouterr().err
+    }  # over three processes: 2, 0, 0 and 2, 2, 0 rows
+    settings = {**DIVIDED, **shape, "batch_size": 6, "micro_batch_size": 2, "optimizer": kind, "epsilon": 1e-6}
+    make("whole", **settings).run()
+    assert in_processes(3, lambda rank: make("divided", **settings).run()) == [0] * 3
+    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("gathered", [1, 2**27])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_layers_gathered_one_by_one_or_together_are_trained_alike(make, tmp_path, monkeypatch, kind, gathered):  # noqa: F811
+    settings = {**DIVIDED, "optimizer": kind, "num_hidden_layers": 3, "epsilon": 1e-6}
+    make("whole", **settings).run()
+    monkeypatch.setattr(sharding, "GATHERED", gathered)
+    assert in_processes(2, lambda rank: make("divided", **settings).run()) == [0, 0]
+    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if kind == "adamw" else 1e-3)
+
+
+def test_groups_hold_as_many_layers_as_are_to_be_gathered_together(monkeypatch):
+    layers = torch.nn.ModuleList(torch.nn.Linear(10, 10, bias=False) for _ in range(7))
+    sizes = {}
+    for limit in (1, 100, 299, 300, 10**6):
+        monkeypatch.setattr(sharding, "GATHERED", limit)
+        groups = list(sharding._groups(layers))
+        assert [layer for group in groups for layer in group] == list(layers)
+        sizes[limit] = [len(group) for group in groups]
+    assert sizes == {1: [1] * 7, 100: [1] * 7, 299: [2, 2, 2, 1], 300: [3, 3, 1], 10**6: [7]}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_two_machines_with_a_divided_copy_each_train_as_one_process(make, tmp_path, kind):  # noqa: F811
+    settings = {**DIVIDED, "parallel": "hsdp", "optimizer": kind, "micro_batch_size": 2, "batch_size": 8, "epsilon": 1e-6}
+    make("whole", **settings).run()
+    assert in_processes(4, lambda rank: make("divided", **settings).run(), on_machine=2) == [0] * 4
+    if kind == "adamw":
+        assert_close(tmp_path / "whole", tmp_path / "divided")
+    else:
+        losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    names = {file.name for file in checkpoint.found_in(tmp_path / "divided")[0].iterdir()}
+    assert {name for name in names if name.startswith("model")} == set(checkpoint.part_names("model", 2))  # the first machine's
+
+
+@pytest.mark.parametrize(("count", "on_machine"), [(2, 2), (2, 1), (1, 1), (4, 2)])
+def test_a_run_of_two_machines_goes_on_in_another_way(make, tmp_path, count, on_machine):  # noqa: F811
+    settings = {**DIVIDED, "parallel": "hsdp", "micro_batch_size": 2, "batch_size": 8, "save_every": 2, "max_steps": 6}
+
+    def stopped(rank):
+        make("run", loss=asking_to_stop(4, micro_batches=1), **settings).run()
+
+    assert in_processes(4, stopped, on_machine=2) == [Interrupted.exit_code] * 4
+    before = tensors(tmp_path / "run")
+    run = make("run", **{**settings, "max_steps": 4})
+    again = checkpoint.newest_good(tmp_path / "run")
+    checkpoint.restore(again, run.model, run.optimizers)
+    taken = checkpoint.snapshot({}, run.model, run.optimizers)
+    assert all(
+        torch.equal((taken.model | taken.optimizer)[name if "/" in name else to_disk_name(name)], before[name])
+        for name in before
+    )
+    assert in_processes(count, lambda rank: make("run", **settings).run(), on_machine=on_machine) == [0] * count
+    assert in_processes(4, lambda rank: make("whole", **settings).run(), on_machine=2) == [0] * 4
+    assert_close(tmp_path / "whole", tmp_path / "run")
+
+
+def test_machines_with_unlike_numbers_of_processes_are_refused(make, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="--parallel hsdp wants as many processes on each machine: 5 are not so many times 3"):
+        make("run", **{**DIVIDED, "parallel": "hsdp", "batch_size": 15})

@@ -61,15 +61,13 @@ class Snapshot:
     shards: int  # how many processes have a part
 
 
-def snapshot(
-    state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], divided_over: Processes | None = None
-) -> Snapshot:
-    """Copy what a checkpoint holds. Only trainable weights are stored."""
+def snapshot(state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], parts: int = 1) -> Snapshot:
+    """Copy what a checkpoint holds, of a model in ``parts`` this process's. Only trainable weights are stored."""
     weights = {
         to_disk_name(name): _copied(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     optimizer = _optimizer_tensors(model, optimizers)
-    return Snapshot(copy.deepcopy(state), weights, optimizer, _rng_tensors(), divided_over.count if divided_over else 1)
+    return Snapshot(copy.deepcopy(state), weights, optimizer, _rng_tensors(), parts)
 
 
 def write(run: str | Path, taken: Snapshot, keep: int, processes: Processes | None = None) -> Path:
@@ -83,13 +81,14 @@ def write(run: str | Path, taken: Snapshot, keep: int, processes: Processes | No
     with processes.failing_together():
         if not processes.is_first:
             folder = Path(processes.heard("checkpoint folder"))
-            processes.tell("checkpoint part", json.dumps(_write_part(taken, folder, processes.rank)))
+            if processes.rank < taken.shards:  # others have the same parts once more
+                processes.tell("checkpoint part", json.dumps(_write_part(taken, folder, processes.rank)))
             processes.heard("checkpoint")
             return target
         with whole_folder(target) as folder, processes.failing_together():  # told before the folder goes
             processes.tell("checkpoint folder", str(folder.absolute()))
             digests = _write_part(taken, folder, rank=0)
-            for rank in range(1, processes.count):
+            for rank in range(1, taken.shards):
                 digests |= json.loads(processes.heard("checkpoint part", rank))
             write_safetensors(taken.rng, folder / "rng.safetensors")
             text = json.dumps({"schema_version": SCHEMA_VERSION, **taken.state}, indent=2, ensure_ascii=False, allow_nan=False)

@@ -95,8 +95,10 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "of matrix products; weights are fp32. auto: what the hardware multiplies"
     )
-    parallel: Literal["ddp", "fsdp"] = option(
-        "ddp", "several processes (torchrun): ddp: each with the whole model; fsdp: model and optimizer divided over them"
+    parallel: Literal["ddp", "fsdp", "hsdp"] = option(
+        "ddp",
+        "several processes (torchrun): ddp: each with the whole model; fsdp: model and optimizer divided over them; hsdp: divided over "
+        "those of one machine, each machine with a copy",
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile; auto: on for CUDA, and for long runs on a Linux CPU with a C++ compiler"

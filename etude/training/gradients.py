@@ -19,6 +19,7 @@ class GradientSum:
     """Fills ``.grad`` of the model's parameters. The sum is the same however a batch is cut into micro-batches.
 
     ``loss`` is what every micro-batch is put to, compiled or not; ``micro_batch_size`` is the rows of one.
+    ``parts`` are those that the model is divided into.
     """
 
     def __init__(
@@ -30,10 +31,10 @@ class GradientSum:
         device: torch.device,
         precision: str,
         micro_batch_size: int,
-        sharded: bool,
+        parts: int,
     ):
         self.config, self.model, self.loss, self.processes = config, model, loss, processes
-        self.device, self.precision, self.micro_batch_size, self.sharded = device, precision, micro_batch_size, sharded
+        self.device, self.precision, self.micro_batch_size, self.parts = device, precision, micro_batch_size, parts
         self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
 
     def compute(self, step: int, batch: dict[str, Tensor], scale: float, tell: Callable[[str], None]) -> tuple[Tensor, Tensor]:
@@ -43,18 +44,22 @@ class GradientSum:
         Out of memory raises :class:`UsageError`; with ``auto_micro_batch``, half the micro-batch is tried instead.
         """
         loss_sum, weight = self._here(step, batch, scale, tell)
-        if not self.sharded:  # FSDP has added them up on the way
-            self.processes.sum_gradients(self.parts())
+        if self.parts == 1:  # else FSDP has added them up on the way
+            self.processes.sum_gradients(self.tensors())
         return tuple(self.processes.sum(torch.stack((loss_sum, weight.to(loss_sum.dtype)))))
 
-    def parts(self) -> list[Tensor]:
+    @torch.no_grad()  # to_local would record itself
+    def tensors(self) -> list[Tensor]:
         """The gradients, of a divided model this process's rows of them. To change them in place changes the gradients."""
         return [local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
 
     def norm(self) -> Tensor:
         """The norm of all gradients together."""
-        norm = torch.nn.utils.get_total_norm(self.parts())
-        return self.processes.sum(norm.square()).sqrt() if self.sharded else norm
+        norm = torch.nn.utils.get_total_norm(self.tensors())
+        if self.parts == 1:
+            return norm
+        copies = self.processes.count // self.parts
+        return (self.processes.sum(norm.square()) / copies).sqrt()
 
     def forget(self) -> None:
         """Drop the gradients without an update."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.parallel import Processes
-from etude.training.sharding import divided_like, local, part_of, whole
+from etude.training.sharding import gathered, local, own_rows
 
 # Each round maps singular values by an odd quintic; these bring all from 0.001 on close to 1 in the fewest rounds
 # (Polar Express, https://arxiv.org/abs/2505.16932). They may overshoot 1 by the margin below, in bf16.
@@ -67,10 +67,10 @@ class Muon(torch.optim.Optimizer):
         numbers = (momentum, 1 - lr * weight_decay, lr * size)
         momentum, kept, taken = (torch.full((), number, device=device) for number in numbers)
         parts = self._nesterov(buffers, gradients, momentum, self.dtype)
-        stack = self._stacked([whole(part_of(part, parameter)) for part, parameter in zip(parts, parameters, strict=True)])
+        stack = self._stacked(gathered(parts, parameters))
         orthogonal = self._shared_out(stack)  # (n, r, c)
         updates = [
-            local(divided_like(update if parameter.shape[0] <= parameter.shape[1] else update.mT, parameter))
+            own_rows(update if parameter.shape[0] <= parameter.shape[1] else update.mT, parameter)
             for update, parameter in zip(orthogonal, parameters, strict=True)
         ]
         self._add(weights, updates, kept, taken)

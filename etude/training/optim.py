@@ -3,12 +3,13 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from etude.device import pick_precision
 from etude.parallel import Processes
 from etude.training.config import TrainingConfig
 from etude.training.muon import Muon
+from etude.training.sharding import local
 
 
 def lr_at(step: int, steps: int, config: TrainingConfig) -> float:
@@ -24,6 +25,18 @@ def lr_at(step: int, steps: int, config: TrainingConfig) -> float:
     progress = min(1.0, max(0.0, (step + 1 - (steps - falling)) / falling))  # 0: at the peak, 1: at the end
     height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, computing with each process's rows of a divided model as with plain tensors, which it may: AdamW looks at every
+    weight by itself. As DTensors they would go through several milliseconds of dispatch.
+    """
+
+    def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local(tensor) for tensor in tensors]
+        return has_complex
 
 
 def make_optimizers(
@@ -51,7 +64,7 @@ def make_optimizers(
         if parameters
     }
     by_muon = [groups.pop(kind) for kind in ("matrices", "query_key") if config.optimizer == "muon" and kind in groups]
-    adamw = torch.optim.AdamW(
+    adamw = AdamW(
         list(groups.values()),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),

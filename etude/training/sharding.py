@@ -4,59 +4,86 @@ layer computes with them. This is fully sharded data parallelism (https://arxiv.
 It changes where tensors lie, not what is computed: sums over processes are plain sums, as without it.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from etude.errors import UsageError
-from etude.model.transformer import Etude
+from etude.model.transformer import Block, Etude
 from etude.parallel import Processes
 from etude.training.config import TrainingConfig
 
+GATHERED = 2**27  # weights that are gathered together: half a GiB of fp32, and one more group is on its way meanwhile
 
-def is_sharded(config: TrainingConfig, processes: Processes, precision: str) -> bool:
-    """Whether to divide the model. Raises :class:`UsageError` for settings that do not go with it."""
-    if config.parallel != "fsdp" or processes.count == 1:
-        return False
+
+def parts(config: TrainingConfig, processes: Processes, precision: str) -> int:
+    """Into how many parts the model is divided: 1 where every process has all of it. Raises :class:`UsageError` for settings that
+    do not go with a divided one.
+    """
+    if config.parallel == "ddp" or processes.count == 1:
+        return 1
+    option = f"--parallel {config.parallel}"
+    count = processes.on_machine if config.parallel == "hsdp" else processes.count
+    if processes.count % count:
+        raise UsageError(
+            f"{option} wants as many processes on each machine: {processes.count} are not so many times {count}; "
+            "start torchrun with the same --nproc_per_node everywhere, or set --parallel fsdp"
+        )
     if config.batch_size % processes.count:
         raise UsageError(
-            f"batch_size ({config.batch_size}) must be a multiple of the number of processes ({processes.count}) with --parallel fsdp: "
+            f"batch_size ({config.batch_size}) must be a multiple of the number of processes ({processes.count}) with {option}: "
             "all of them have to compute equally often"
         )
     if config.auto_micro_batch:
-        raise UsageError("--auto_micro_batch goes with --parallel ddp only: under fsdp no process can try again by itself")
-    if precision == "fp16":
-        raise UsageError("--parallel fsdp goes with bf16 and fp32 only; set --precision fp32, or --parallel ddp")
-    return True
-
-
-def shard(model: Etude, device: torch.device, optimizer: str) -> None:
-    """Divide ``model``, which is whole and the same in every process, over all of them; its parameters become DTensors on
-    ``device``. Raises :class:`UsageError` for a matrix of fewer rows than processes, under Muon, which cannot take empty parts.
-    """
-    count = torch.distributed.get_world_size()
-    fewest = min(parameter.shape[0] for layer in model.layers for parameter in layer.parameters() if parameter.ndim > 1)
-    if optimizer == "muon" and fewest < count:
         raise UsageError(
-            f"a matrix of the model has {fewest} rows, fewer than the {count} processes; use --optimizer adamw or ddp"
+            f"--auto_micro_batch goes with --parallel ddp only: under {config.parallel} no process can try again by itself"
         )
+    if precision == "fp16":
+        raise UsageError(f"{option} goes with bf16 and fp32 only; set --precision fp32, or --parallel ddp")
+    return count
+
+
+def shard(model: Etude, device: torch.device, parts: int) -> None:
+    """Divide ``model``, which is whole and the same in every process, into ``parts``; its parameters become DTensors on ``device``.
+
+    Where there are more processes than parts, each stretch of ``parts`` ranks has a model of its own, and gradients are added up over
+    them as well (hybrid sharding: what is gathered often need not leave a machine).
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (count,))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
+    count = torch.distributed.get_world_size()
+    shape, names = ((parts,), ("parts",)) if parts == count else ((count // parts, parts), ("copies", "parts"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    groups = list(_groups(model.layers))
+    for group in groups:
+        # The last one's weights are the first that the way back wants.
+        fully_shard(group, mesh=mesh, reshard_after_forward=group is not groups[-1])
     # The embedding and the head stay gathered from the forward to the backward pass: the loss reads the head in between.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
-    for module in (model, *model.layers):
+    for module in (model, *(group[0] for group in groups)):
         module.set_gradient_divide_factor(1.0)  # a sum: the trainer divides by the weight of the whole batch
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+def _groups(layers: nn.ModuleList) -> Iterator[list[Block]]:
+    """Consecutive layers whose weights are gathered together: a layer alone, of a large model; of a small one many, since each
+    gathering costs the CPU about a millisecond, in which a large GPU computes a small layer.
+    """
+    size = sum(parameter.numel() for parameter in layers[0].parameters())
+    each = max(1, GATHERED // size)
+    for start in range(0, len(layers), each):
+        yield list(layers[start : start + each])
+
+
 def release(model: nn.Module) -> None:
     """Give back what a forward pass without a backward pass left gathered; without it, later ones would compute with old weights."""
-    if hasattr(model, "reshard"):
-        model.reshard()
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -69,14 +96,39 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def part_of(rows: Tensor, example: Tensor) -> Tensor:
-    """This process's ``rows`` as its part of a tensor that is divided as ``example`` is; of one that isn't, all of it."""
-    if not hasattr(example, "to_local"):
+def gathered(rows: list[Tensor], examples: list[Tensor]) -> list[Tensor]:
+    """Whole tensors, of which each process has some ``rows``, divided as ``examples`` are: all in one gathering, to which every
+    process has to come. Of tensors that aren't divided, themselves.
+    """
+    if not hasattr(examples[0], "to_local"):
         return rows
-    from torch.distributed.tensor import DTensor
+    mesh = examples[0].device_mesh
+    parts = mesh.size(-1)
+    shapes = [(_rows_each(example, parts), *example.shape[1:]) for example in examples]
+    flat = torch.cat(
+        [
+            nn.functional.pad(part.flatten(), (0, math.prod(shape) - part.numel()))
+            for part, shape in zip(rows, shapes, strict=True)
+        ]
+    )
+    everything = flat.new_empty(parts * flat.numel())
+    torch.distributed.all_gather_into_tensor(everything, flat, group=mesh.get_group("parts"))
+    pieces = everything.view(parts, -1).split([math.prod(shape) for shape in shapes], dim=1)
+    return [piece.reshape(-1, *example.shape[1:])[: len(example)] for piece, example in zip(pieces, examples, strict=True)]
 
-    mesh, placements = example.device_mesh, example.placements
-    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=example.shape, stride=example.stride())
+
+def own_rows(tensor: Tensor, example: Tensor) -> Tensor:
+    """This process's rows of ``tensor``, which is whole, if ``example`` is divided; otherwise all of it."""
+    if not hasattr(example, "to_local"):
+        return tensor
+    mesh = example.device_mesh
+    each = _rows_each(example, mesh.size(-1))
+    return tensor[each * mesh.get_local_rank("parts") :][:each]
+
+
+def _rows_each(example: Tensor, parts: int) -> int:
+    """How many rows the first part of a divided tensor has; later ones have as many, as long as there are any."""
+    return -(-len(example) // parts)
 
 
 def divided_like(tensor: Tensor, example: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from etude.training.gradients import GradientSum, is_out_of_memory
 from etude.training.health import Health
 from etude.training.identity import changes_since, free_settings, identity
 from etude.training.optim import lr_at, make_optimizers, momentum_at, set_for_step
-from etude.training.sharding import is_sharded, release, shard, whole
+from etude.training.sharding import parts, release, shard, whole
 from etude.training.signals import StopSignals
 from etude.training.spikes import SpikeFound, Spikes
 from etude.weights import save_model
@@ -71,7 +71,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams and events are the current device's
             batches.pinned = True
-        self.sharded = is_sharded(config, self.processes, self.precision)
+        self.parts = parts(config, self.processes, self.precision)  # of the model, each in another process
+        self.sharded = self.parts > 1
         self.model = model if self.sharded else model.to(self.device)
         model.gradient_checkpointing = config.gradient_checkpointing
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
@@ -88,7 +89,7 @@ class Trainer:
         rows = self.processes.rows(config.batch_size)
         self.gradients = GradientSum(
             config, self.model, torch.compile(loss, dynamic=False) if self.compiled and not self.sharded else loss,
-            self.processes, self.device, self.precision, min(wanted, rows.stop - rows.start), self.sharded,
+            self.processes, self.device, self.precision, min(wanted, rows.stop - rows.start), self.parts,
         )  # fmt: skip
         self.eval_batch_size = min(wanted, config.batch_size, max(1, 8_192 // batches.samples.block_size))
         self.step = 0  # optimizer steps done
@@ -145,7 +146,7 @@ class Trainer:
             if self.loss is causal_lm_loss:
                 cross_entropy = torch.compile(linear_cross_entropy, dynamic=False)
                 self.gradients.loss = partial(causal_lm_loss, cross_entropy=cross_entropy)
-        shard(self.model, self.device, self.config.optimizer)
+        shard(self.model, self.device, self.parts)
         self.optimizers = self._make_optimizers()
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -232,7 +233,7 @@ class Trainer:
             factor = factor * (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if self.spikes.active and not self._is_taken(loss_sum, norm, weight):
             return {}
-        torch._foreach_mul_(self.gradients.parts(), factor)
+        torch._foreach_mul_(self.gradients.tensors(), factor)
         self.health.watch(self.step, loss_sum, norm, weight)
         # The scaler would skip by optimizer; an overflow anywhere spoils the common norm, so all skip together.
         overflow = self.gradients.scaler is not None and not torch.isfinite(norm)
@@ -362,7 +363,7 @@ class Trainer:
             "settings": free_settings(self.config),
         }
         self.saver.wait()  # before copying: one copy at a time
-        self.saver.save(checkpoint.snapshot(state, self.model, self.optimizers, self.processes if self.sharded else None))
+        self.saver.save(checkpoint.snapshot(state, self.model, self.optimizers, self.parts))
 
     def _save_model(self, folder: str) -> None:
         weights = {}
