@@ -17,6 +17,7 @@ CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 IGNORED = -100  # the label of a token that is not learnt
 CHUNK_LOGITS = 2**27  # logits held at once on an accelerator: half a GiB of fp32
 CHUNK_LOGITS_FUSED = 2**28  # where they are never held in fp32
+ROWS_TOGETHER = 128  # what the number of tokens whose logits are made is a multiple of
 CHUNK_LOGITS_CPU = 2**22  # small enough to be read again from cache, large enough for fast products
 
 
@@ -38,9 +39,11 @@ def causal_lm_loss(model: Etude, batch: dict[str, Tensor], cross_entropy: CrossE
     labels = batch["labels"].flatten()
     weight = (labels != IGNORED).sum()
     if not torch.compiler.is_compiling() and cross_entropy is None and weight < len(labels):
-        # Logits are the largest tensor of all: make only those that count. (Compiled code wants fixed shapes.)
-        learnt = (labels != IGNORED).nonzero().squeeze(1)
-        hidden, labels = hidden[learnt], labels[learnt]
+        # Logits are the largest tensor of all: make only those that count. (Compiled code wants fixed shapes.) And a few more, so that
+        # few sizes occur: on a CPU oneDNN keeps some memory for each that it has met.
+        learnt, other = ((labels != IGNORED).nonzero(), (labels == IGNORED).nonzero())
+        places = torch.cat((learnt, other)).squeeze(1)[: -(-len(learnt) // ROWS_TOGETHER) * ROWS_TOGETHER]
+        hidden, labels = hidden[places], labels[places]
     return Loss((cross_entropy or linear_cross_entropy)(hidden, model.head_weight, labels), weight)
 
 

@@ -58,6 +58,13 @@ class Processes:
         import torch.distributed as dist
 
         with self._telling("adding up the gradients"):
+            if self._on_gpu:
+                from torch.distributed.distributed_c10d import _coalescing_manager  # NCCL's groups: all at once, without copies
+
+                with _coalescing_manager(device=gradients[0].device):
+                    for gradient in gradients:
+                        dist.all_reduce(gradient)
+                return
             for bucket in _buckets(gradients):
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
                 dist.all_reduce(flat)

@@ -191,7 +191,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, tokenizer, text_file, mon
     with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(tokenizer, "encode_batch", failing)
         prepared(text_file, tokenizer, tmp_path)
-    assert len(calls) == 4 and [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
+    assert len(calls) >= 4 and [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
     train, val = prepared(text_file, tokenizer, tmp_path)
     assert train.documents + val.documents == 120
 

@@ -106,11 +106,13 @@ def prepare_pretrain(
         for sources, is_validation in ((files, False), (val_files, True)):
             size = sum(file.stat().st_size for file in sources)
             with progress_bar("tokenising" if not is_validation else "tokenising validation data", size, "B") as bar:
-                for batch in tokens.text_batches(read_texts(sources, rejects, text_key, text_unit)):
-                    for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                batches = tokens.text_batches(read_texts(sources, rejects, text_key, text_unit))
+                for batch, encoded in tokens.worked_ahead(batches, tokenizer.encode_batch):
+                    for text, ids in zip(batch, encoded, strict=True):
                         to_val = is_validation or (fraction > 0 and tokens.goes_to_validation(text, fraction, seed))
                         size = len(text.encode("utf-8"))
-                        (val if to_val else train).add([*ids, tokenizer.document_end_id], size)
+                        ids.append(tokenizer.document_end_id)
+                        (val if to_val else train).add(ids, size)
                         bar.update(size)
         train.close(rejected=rejects.reasons)
         val.close()

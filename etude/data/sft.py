@@ -151,12 +151,13 @@ def prepare_sft(
         for sources, is_validation in ((files, False), (val_files, True)):
             size = sum(file.stat().st_size for file in sources)
             with progress_bar("tokenising validation data" if is_validation else "tokenising", size, "B") as bar:
-                for places, batch in _conversation_batches(sources, rejects):
+                batches = _conversation_batches(sources, rejects)
+                for (places, batch), encoded in tokens.worked_ahead(batches, lambda pair: format.encode_batch(pair[1])):
                     for place, messages in zip(places, batch, strict=True):
                         if verified < VERIFIED_CONVERSATIONS:
                             _verify(format, messages, place)
                             verified += 1
-                    for place, messages, chat in zip(places, batch, format.encode_batch(batch), strict=True):
+                    for place, messages, chat in zip(places, batch, encoded, strict=True):
                         text = "\n".join(message["content"] for message in messages)
                         bar.update(len(text.encode("utf-8")))
                         add(place, text, chat, is_validation)

@@ -8,9 +8,11 @@ Memory stays flat however large the data is: writing holds one batch of document
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,9 +20,11 @@ from etude.errors import DataError
 from etude.files import whole_folder
 from etude.lock import FolderLock
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 FORMAT = 1  # changes when the layout does, so that older stores are made anew
 SHARD_TOKENS = 2**28  # half a GiB of uint16
-BATCH_CHARACTERS = 4_000_000  # what is tokenised at once: enough for all cores, little in memory
+BATCH_CHARACTERS = 2_000_000  # what is tokenised at once: enough for all cores, little in memory
+AHEAD = 2  # batches that are being tokenised while one is written
 
 
 class TokenStore:
@@ -103,7 +107,7 @@ class StoreWriter:
     def add(self, ids: Sequence[int], text_bytes: int, mask: Sequence[bool] | None = None) -> None:
         """Append one document."""
         self._starts.write(np.int64(self.tokens).tobytes())
-        array = np.asarray(ids, dtype=self.dtype)
+        array = np.fromiter(ids, self.dtype, len(ids))
         mask_array = np.asarray(mask, dtype=np.uint8) if self.masked else None
         self._digest.update(len(array).to_bytes(8, "little") + array.tobytes())
         if mask_array is not None:
@@ -192,6 +196,25 @@ def text_batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def worked_ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
+    """Each item with what ``work`` makes of it, in order. Threads work on the next ones meanwhile, so that reading, tokenising (which
+    takes all cores, and does not hold Python's lock) and writing go on at the same time.
+    """
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    with ThreadPoolExecutor(AHEAD, "tokenising") as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > AHEAD:
+                    item, result = waiting.popleft()
+                    yield item, result.result()
+            while waiting:
+                item, result = waiting.popleft()
+                yield item, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def require_documents(store: TokenStore, files: Sequence[Path], what: str) -> None:

@@ -86,6 +86,13 @@ class Etude(nn.Module):
         """(V, D)"""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) to what the residual stream starts with, (B, T, D)."""
+        x = self.dropout(self.embed_tokens(ids))
+        if torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type) == torch.bfloat16:
+            return x.bfloat16()  # and so is all of the stream: half the memory traffic. fp16 would overflow there
+        return x
+
     def hidden(
         self,
         ids: Tensor,
@@ -109,9 +116,7 @@ class Etude(nn.Module):
             bounds = flat_bounds(ends, T)
         elif documents is not None:
             mask = document_mask(documents)
-        x = self.dropout(self.embed_tokens(ids))  # (B, T, D)
-        if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream too: half the memory traffic. fp16 would overflow there
+        x = self.embedded(ids)
         cos, sin = self.rotary.on(device)  # (max_position_embeddings, d/2)
         cos, sin = (cos[:T], sin[:T]) if positions is None else (cos[positions], sin[positions])
         cos, sin = (table.view(-1, T, 1, table.shape[-1]) for table in (cos, sin))  # (B or 1, T, 1, d/2)

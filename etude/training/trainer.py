@@ -140,9 +140,10 @@ class Trainer:
 
     def _divide(self) -> None:
         """Divide model and optimizers over the processes, which have to be connected by now."""
-        if self.compiled:  # layer by layer: gathering weights in between cannot be compiled
-            for layer in self.model.layers:
+        if self.compiled:  # piece by piece: gathering weights in between cannot be compiled
+            for layer in (*self.model.layers, self.model.norm):
                 layer.compile(dynamic=False)
+            self.model.embedded = torch.compile(self.model.embedded, dynamic=False)
             if self.loss is causal_lm_loss:
                 cross_entropy = torch.compile(linear_cross_entropy, dynamic=False)
                 self.gradients.loss = partial(causal_lm_loss, cross_entropy=cross_entropy)
