@@ -4,6 +4,7 @@ whole step, so that a batch has one gradient however it is cut into micro-batche
 Shapes: B rows, T tokens of a row, N tokens in all, D hidden_size, V vocab_size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ CHUNK_LOGITS = 2**27  # logits held at once on an accelerator: half a GiB of fp3
 CHUNK_LOGITS_FUSED = 2**28  # where they are never held in fp32
 ROWS_TOGETHER = 128  # what the number of tokens whose logits are made is a multiple of
 CHUNK_LOGITS_CPU = 2**22  # small enough to be read again from cache, large enough for fast products
+LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,18 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
 def _nats_and_gradient(logits: Tensor, index: Tensor, wide: torch.dtype, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Of logits (rows, V) and each row's right token (rows, 1): its negative log probability (rows, 1), and the gradient of that
-    by the logits (rows, V), which is softmax - one-hot. Two ways to say the same: one to be fused, one to be run as it stands.
+    by the logits (rows, V), which is softmax - one-hot. Three ways to say the same: one to be run as it stands, one to be fused,
+    and one to be fused where a power takes longer than to read the row again, on a CPU.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and logits.device.type == "cpu":
+        top = logits.amax(-1, keepdim=True).to(wide)
+        # The only power: of logsumexp and softmax the compiler makes two. And those of 2 take less time than those of e.
+        powers = ((logits.to(wide) - top) * LOG2_E).exp2()
+        total = powers.sum(-1, keepdim=True)
+        nats = total.log() + (top - logits.gather(1, index).to(wide))
+        right = torch.arange(logits.shape[1], device=logits.device) == index
+        gradient = torch.where(right, powers - total, powers) / total if needs_gradient else None
+    elif torch.compiler.is_compiling():
         normalizer = logits.to(wide).logsumexp(-1, keepdim=True)
         nats = normalizer - logits.gather(1, index).to(wide)
         one_hot = torch.arange(logits.shape[1], device=logits.device) == index

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etude.model import cpu_attention
 from etude.model.config import EtudeConfig
 from etude.model.documents import attend_by_document
 from etude.model.norm import RMSNorm
@@ -102,7 +103,10 @@ class Attention(nn.Module):
         groups = self.groups
         if context.mask is not None and groups > 1:  # with a mask, no fast kernel shares key heads between query heads
             k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=context.causal, enable_gqa=groups > 1
-        )  # (B, H, T, d)
+        if context.causal and cpu_attention.pays(q, k):
+            y = cpu_attention.causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=context.mask, is_causal=context.causal, enable_gqa=groups > 1
+            )  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
