@@ -93,6 +93,7 @@ class Memory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.device.type == "cpu":
+            _trim()  # a trainer has it kept
             self._before = resident_peak() or 0
             with contextlib.suppress(OSError):  # Linux alone can forget it
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -206,7 +207,12 @@ def _forget(trainer: Trainer) -> None:
         optimizer.state.clear()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: what is left of a heap would count in the next peak
+    _trim()
+
+
+def _trim() -> None:
+    """Give back what the C library keeps of freed memory, which would count in the next peak."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone can
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -347,8 +353,9 @@ class Calibration:
         def watched(*arguments, **keywords):
             result = compute(*arguments, **keywords)
             self._wait()
-            reached.append((time.perf_counter(), self.memory.peak()))
+            between, peak = time.perf_counter(), self.memory.peak()
             self.memory.reset()
+            reached.append((between, peak, time.perf_counter()))
             return result
 
         batch = self._batch(rows)
@@ -359,8 +366,8 @@ class Calibration:
             self.trainer._optimizer_step(batch)
         self._wait()
         ended = time.perf_counter()
-        ((between, peak),) = reached
-        return Step(between - started, ended - between, peak, self.memory.peak())
+        ((between, peak, resumed),) = reached
+        return Step(between - started, ended - resumed, peak, self.memory.peak())
 
     def _unwatched(self, rows: int, count: int) -> float:
         """Seconds of a step of so many rows, as a run takes them: one after the other."""

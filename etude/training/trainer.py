@@ -17,7 +17,7 @@ from torch import Tensor
 
 from etude import cli, paths
 from etude.data.batches import Batches, Samples
-from etude.device import describe, peak_flops, pick_compile, pick_device, pick_precision, set_deterministic
+from etude.device import describe, keep_freed_memory, peak_flops, pick_compile, pick_device, pick_precision, set_deterministic
 from etude.errors import Interrupted, MismatchError, UsageError
 from etude.evaluation import LossResult, evaluate_loss
 from etude.lock import FolderLock
@@ -71,6 +71,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams and events are the current device's
             batches.pinned = True
+        elif self.device.type == "cpu":
+            keep_freed_memory()
         self.parts = parts(config, self.processes, self.precision)  # of the model, each in another process
         self.sharded = self.parts > 1
         self.model = model if self.sharded else model.to(self.device)
