@@ -88,6 +88,8 @@ def make(tokenizer, tmp_path):
             "warmup_fraction": 0.3, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
             "intermediate_size": 16, "initializer_range": 0.2, "device": "cpu", "precision": "fp32",
             "log_every": 1, "eval_every": 2, "save_every": 3, "sample_every": 0,
+            "optimizer": "adamw", "schedule": "cosine", "final_lr_fraction": 0.1, "momentum_warmup": 0,
+            "initializer": "normal", "tie_word_embeddings": True,
         }  # fmt: skip
         config = PretrainConfig(**{**settings, **options})
         model = pretraining_model(config, tokenizer) if model is None else model
@@ -710,7 +712,7 @@ def test_each_kind_of_weight_may_have_a_rate_of_its_own(make, kind):
 def test_muon_s_momentum_rises(make):
     config = PretrainConfig(momentum=0.95, momentum_warmup=10)
     assert [momentum_at(step, config) for step in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
-    assert momentum_at(0, PretrainConfig(momentum=0.95)) == 0.95
+    assert momentum_at(0, PretrainConfig(momentum=0.95, momentum_warmup=0)) == 0.95
     assert momentum_at(3, PretrainConfig(momentum=0.5, momentum_warmup=10)) == 0.5
     run = make("run", optimizer="muon", momentum_warmup=4, max_steps=4)
     run._optimizer_step(run.batches.at(0))

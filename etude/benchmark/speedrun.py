@@ -17,24 +17,8 @@ from etude.benchmark.report import tell, wait
 from etude.cli import option
 from etude.errors import UsageError
 
-# The best of what was tried for a small Llama (docs/performance.md).
-RECIPE: dict[str, Any] = {
-    "optimizer": "muon",
-    "learning_rate": 9e-3,
-    "query_key_learning_rate": 3e-3,
-    "embedding_learning_rate": 0.2,
-    "head_learning_rate": 4e-3,
-    "momentum_warmup": 300,
-    "weight_decay": 0.1,
-    "schedule": "wsd",
-    "warmup_fraction": 0.01,
-    "final_lr_fraction": 0.0,
-    "initializer": "fan_in",
-    "tie_word_embeddings": False,
-    "block_size": 512,
-    "batch_size": 128,
-    "micro_batch_size": 64,
-}
+# Beside what pretraining does by default (docs/performance.md).
+RECIPE: dict[str, Any] = {"warmup_fraction": 0.01, "block_size": 512, "batch_size": 128, "micro_batch_size": 64}
 WARMUP_STEPS, TIMED_STEPS = 5, 15  # before the run: to compile, and to see how long a step takes
 REVISED_EVERY = 20  # steps after which the rest of the run is estimated anew
 

@@ -125,7 +125,7 @@ def etude_step(config: TrainBenchmark, folder: str):
     shape = EtudeConfig(vocab_size=config.vocab_size, max_position_embeddings=config.block_size, **shape_of(config))
     settings = PretrainConfig(
         output=folder, block_size=config.block_size, batch_size=config.batch_size, micro_batch_size=config.batch_size,
-        max_steps=1_000_000, optimizer=config.optimizer, device=config.device, precision=config.precision, compile=config.compile,
+        max_steps=1_000_000, optimizer=config.optimizer, learning_rate=3e-4, device=config.device, precision=config.precision, compile=config.compile,
     )  # fmt: skip
     torch.manual_seed(0)
     trainer = Trainer(settings, Etude(shape), None, Batches(RandomBlocks(), config.batch_size, 0), causal_lm_loss)

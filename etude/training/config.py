@@ -9,6 +9,7 @@ from etude import paths
 from etude.cli import option
 from etude.errors import UsageError
 from etude.model.config import PRESETS
+from etude.training import recipe
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,30 @@ class PretrainConfig(TrainingConfig):
         lambda: (paths.training_data("pretrain/pretrain_hq.jsonl"),), "text to learn from: .jsonl or .txt files, folders, globs"
     )
     output: str = option(lambda: paths.weight("etude_pretrained_model"), "folder of the run and its model")
+    depth: int | None = option(
+        None,
+        "one dial for shape, batch and length: so many layers, 64 channels wide for each, 20 tokens for each weight of theirs",
+    )
+    batch_size: int | None = option(None, "sequences per optimizer step, over all processes (default: 16, or what suits depth)")
+    optimizer: Literal["adamw", "muon"] | None = option(
+        None, "muon: Muon for the layers' matrices, AdamW for the rest (default: muon, and with init_from adamw)"
+    )
+    learning_rate: float | None = option(
+        None, "peak learning rate (default: what suits the optimizer and the tokens of a step; with init_from 3e-4)"
+    )
+    schedule: Literal["linear", "cosine", "wsd"] = option("wsd", "after warm-up; wsd: stay at the peak, then fall to the end")
+    final_lr_fraction: float = option(0.0, "learning rate at the last step, as a share of the peak")
+    momentum_warmup: int = option(300, "steps over which Muon's momentum rises to its value from 0.85")
+    query_key_learning_rate: float | None = option(
+        None, "peak for the query and key projections (default: with Muon and fan_in a third of learning_rate, else the same)"
+    )
+    embedding_learning_rate: float | None = option(
+        None,
+        "peak for the token embedding (default: with Muon and fan_in 22 times learning_rate, or a third if tied; else the same)",
+    )
+    head_learning_rate: float | None = option(
+        None, "peak for an untied head (default: with Muon and fan_in 0.44 of learning_rate, else the same)"
+    )
     tokenizer: str | None = option(None, "tokenizer folder (default: weight/tokenizer, or that of init_from)")
     init_from: str = option("", "start from the weights in this model folder (Etude's or a Llama); its shape is kept")
     text_key: str = option("text", "key of the text in .jsonl records")
@@ -208,19 +233,37 @@ class PretrainConfig(TrainingConfig):
     rope_scaling: dict | None = option(
         None, 'context extension, as JSON: {"rope_type": "llama3" | "linear" | "yarn", "factor": …}'
     )
-    tie_word_embeddings: bool = option(True, "share the embedding with the output head")
+    tie_word_embeddings: bool = option(False, "share the embedding with the output head")
     qk_norm: bool = option(False, "normalise queries and keys; the export is then a Qwen3")
     initializer: Literal["normal", "fan_in"] = option(
-        "normal",
+        "fan_in",
         "normal: initializer_range everywhere; fan_in: 1 / sqrt(inputs), and nothing that the residual stream starts with "
         "but the embedding",
     )
     initializer_range: float = option(0.02, "standard deviation of the initial weights")
 
+    def __post_init__(self) -> None:
+        if self.depth is not None:
+            self._follow_depth()
+        recipe.fill_in(self)
+        super().__post_init__()
+
+    def _follow_depth(self) -> None:
+        _at_least(self, 1, "depth", "block_size")
+        for name, plain in (("preset", "auto"), ("init_from", ""), ("num_hidden_layers", None), ("hidden_size", None)):
+            if getattr(self, name) != plain:
+                raise UsageError(f"depth and {name} are two answers to one thing; choose one")
+        batch_size, steps = recipe.batch_and_steps(recipe.shape_of(self.depth), self.block_size)
+        if self.batch_size is None:
+            object.__setattr__(self, "batch_size", batch_size)
+        if self.max_steps is None:
+            tokens = batch_size * steps
+            object.__setattr__(self, "max_steps", math.ceil(tokens / max(1, self.batch_size)))
+
     def model_shape(self, on_accelerator: bool) -> dict:
         """EtudeConfig's fields but for those that the tokenizer decides."""
         name = ("small" if on_accelerator else "nano") if self.preset == "auto" else self.preset
-        shape = dict(PRESETS[name])
+        shape = dict(PRESETS[name] if self.depth is None else recipe.shape_of(self.depth))
         if self.hidden_size is not None and self.intermediate_size is None:
             shape.pop("intermediate_size")  # the preset's would not fit another width
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

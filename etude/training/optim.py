@@ -9,6 +9,7 @@ from etude.device import pick_precision
 from etude.parallel import Processes
 from etude.training.config import TrainingConfig
 from etude.training.muon import Muon
+from etude.training.recipe import share_of
 from etude.training.sharding import local
 
 
@@ -90,7 +91,9 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 def _lr_factor(kind: str, config: TrainingConfig) -> float:
     """What the schedule's learning rate is multiplied by for parameters of a kind."""
     own = getattr(config, f"{kind}_learning_rate", None)
-    return own / config.learning_rate if own is not None and config.learning_rate else 1.0
+    if own is None:
+        return share_of(kind, config)
+    return own / config.learning_rate if config.learning_rate else 1.0
 
 
 def momentum_at(step: int, config: TrainingConfig) -> float:

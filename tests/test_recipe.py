@@ -1,0 +1,99 @@
+"""What pretraining does where nothing is said, and what one dial decides."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from etude import cli
+from etude.errors import UsageError
+from etude.model.config import PRESETS, EtudeConfig
+from etude.training import recipe
+from etude.training.config import PretrainConfig, SFTConfig
+from etude.training.optim import _lr_factor
+
+
+def rates(**settings) -> tuple:
+    """Of matrices, queries and keys, embedding, head."""
+    config = PretrainConfig(**settings)
+    return tuple(config.learning_rate * _lr_factor(kind, config) for kind in ("matrices", "query_key", "embedding", "head"))
+
+
+def test_the_rates_are_those_that_were_measured_at_the_batch_they_were_measured_at():
+    assert rates(batch_size=128, block_size=512) == pytest.approx((9e-3, 3e-3, 0.2, 4e-3))
+    assert rates(batch_size=128, block_size=512, tie_word_embeddings=True)[2] == pytest.approx(3e-3)
+    assert rates(batch_size=128, block_size=512, optimizer="adamw") == pytest.approx([1.5e-3] * 4)
+
+
+def test_a_smaller_batch_has_lower_rates_and_a_larger_one_the_same():
+    base, half = rates(batch_size=128, block_size=512), rates(batch_size=32, block_size=512)
+    assert half == pytest.approx([rate / 2 for rate in base])
+    assert rates(batch_size=64, block_size=256) == pytest.approx(half)  # tokens count, not rows
+    assert rates(batch_size=1024, block_size=512) == base
+
+
+def test_what_is_said_stays_and_the_others_follow_it():
+    assert rates(learning_rate=0.003) == pytest.approx((0.003, 0.001, 0.2 / 3, 0.004 / 3))
+    assert rates(learning_rate=0.003, head_learning_rate=0.5, query_key_learning_rate=0.0)[1::2] == pytest.approx((0.0, 0.5))
+    assert rates(learning_rate=0.002, initializer="normal") == pytest.approx([0.002] * 4)  # small weights want small steps
+    assert rates(learning_rate=0.0) == (0.0,) * 4
+
+
+def test_a_trained_model_is_trained_on_gently():
+    assert PretrainConfig(init_from="some/model").optimizer == "adamw"
+    for settings in ({}, {"optimizer": "muon"}):
+        assert rates(init_from="some/model", **settings) == pytest.approx([3e-4] * 4)
+    tuned = SFTConfig(optimizer="muon", learning_rate=1e-3)
+    assert all(_lr_factor(kind, tuned) == 1.0 for kind in ("matrices", "query_key", "embedding", "head"))
+    assert SFTConfig().optimizer == "adamw" and SFTConfig().learning_rate == 3e-5
+
+
+def test_a_saved_config_says_all_and_is_read_back_the_same(tmp_path):
+    config = PretrainConfig(depth=4, block_size=256)
+    cli.save(config, str(tmp_path / "run.yaml"))
+    saved = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert saved["learning_rate"] == config.learning_rate and saved["batch_size"] == config.batch_size
+    assert cli.parse(PretrainConfig, "", ["--config", str(tmp_path / "run.yaml")]) == config
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 12, 32])
+def test_every_depth_is_a_model(depth):
+    config = PretrainConfig(depth=depth)
+    shape = EtudeConfig(vocab_size=1000, **config.model_shape(on_accelerator=False))
+    assert shape.num_hidden_layers == depth and shape.hidden_size // shape.num_attention_heads == 128
+    assert 64 * depth <= shape.hidden_size < 64 * depth + 128
+    weights = shape.num_parameters()["matmul"] - 1000 * shape.hidden_size
+    tokens = config.max_steps * config.batch_size * config.block_size
+    assert 20 * weights <= tokens < 20 * weights + config.batch_size * config.block_size
+
+
+def test_depth_12_is_the_preset_base():
+    assert recipe.shape_of(12) == PRESETS["base"]
+
+
+def test_the_batch_grows_with_the_run_and_what_is_said_beside_depth_stays():
+    sizes = [PretrainConfig(depth=depth).batch_size for depth in (2, 4, 8, 16)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    plain, said = PretrainConfig(depth=8), PretrainConfig(depth=8, batch_size=48)
+    assert said.batch_size == 48  # and as many tokens as without
+    assert said.max_steps * 48 == pytest.approx(plain.max_steps * plain.batch_size, abs=plain.batch_size)
+    assert PretrainConfig(depth=8, max_steps=7).max_steps == 7
+    assert PretrainConfig(depth=8, num_attention_heads=8).model_shape(True)["num_attention_heads"] == 8
+    assert PretrainConfig().batch_size == 16 and PretrainConfig().max_steps is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"preset": "small"}, {"num_hidden_layers": 3}, {"hidden_size": 128}, {"init_from": "some/model"}]
+)
+def test_two_answers_to_one_thing_are_refused(settings):
+    with pytest.raises(UsageError, match=f"depth and {next(iter(settings))} are two answers to one thing"):
+        PretrainConfig(depth=4, **settings)
+
+
+def test_a_depth_that_is_none_is_refused():
+    with pytest.raises(UsageError, match=r"depth \(0\) must be at least 1"):
+        PretrainConfig(depth=0)
+    with pytest.raises(UsageError, match=r"batch_size \(0\) must be at least 1"):
+        PretrainConfig(batch_size=0)
+    with pytest.raises(UsageError, match="learning_rate"):
+        dataclasses.replace(PretrainConfig(), learning_rate=-1.0)
