@@ -119,11 +119,17 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def save(config: Any, path: str) -> None:
-    """Write a config as the YAML that ``--config`` takes back."""
+    """Write a config as the YAML that ``--config`` takes back. What the config filled in by itself is told in a comment: beside
+    another option it may be another.
+    """
     import yaml
 
+    values = as_dict(config)
+    filled = {name: values[name] for name in getattr(config, "filled_in", ())}
     with open(path, "w", encoding="utf-8", newline="\n") as file:
-        yaml.safe_dump(as_dict(config), file, sort_keys=False, allow_unicode=True)
+        if filled:
+            file.write(f"# left out, and so: {', '.join(f'{name} {value}' for name, value in filled.items())}\n")
+        yaml.safe_dump(values | dict.fromkeys(filled), file, sort_keys=False, allow_unicode=True)
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -32,8 +32,8 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, count: int = 1, timeout_seconds: float = 600.0, on_machine: int | None = None):
-        """``on_machine``: how many of them run on one machine (default: all)."""
-        self.rank, self.count, self.timeout_seconds, self.on_machine = rank, count, timeout_seconds, on_machine or count
+        """``on_machine``: how many of them run on this machine; None: not known."""
+        self.rank, self.count, self.timeout_seconds, self.on_machine = rank, count, timeout_seconds, on_machine
         self._step = 0
         self._control = None  # a gloo group beside NCCL's
         self._store: torch.distributed.Store  # what processes leave for one another, by key
@@ -85,11 +85,10 @@ class Processes:
         """What every process has, one after the other: of (n, …) in each, (count · n, …)."""
         if self.count == 1:
             return tensor
-        import torch.distributed as dist
 
         gathered = tensor.new_empty(self.count * len(tensor), *tensor.shape[1:])
         with self._telling("gathering"):
-            dist.all_gather_into_tensor(gathered, tensor.contiguous())
+            all_gather(gathered, tensor.contiguous())
         return gathered
 
     def any(self, flag: bool, step: int) -> bool:
@@ -279,6 +278,16 @@ class Processes:
         return ", ".join(seen)
 
 
+def all_gather(gathered: Tensor, tensor: Tensor, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+    """Fill ``gathered`` with what every process of the group has, one after the other."""
+    import torch.distributed as dist
+
+    gather = (
+        dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    )  # renamed in torch 2.13
+    gather(gathered, tensor, group=group)
+
+
 def from_environment(batch_size: int, timeout_seconds: float) -> Processes:
     """The processes as torchrun's environment variables tell them."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -286,7 +295,7 @@ def from_environment(batch_size: int, timeout_seconds: float) -> Processes:
         raise UsageError(
             f"batch_size ({batch_size}) must be at least the number of processes ({count}): each takes a row or more"
         )
-    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    on_machine = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
     return Processes(int(os.environ.get("RANK", "0")), count, timeout_seconds, on_machine)
 
 

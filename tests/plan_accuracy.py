@@ -47,7 +47,8 @@ class Case:
 
 def case(name: str, vocab_size: int, block: int, batch: int, micro: int, sft: bool = False, **options: object) -> Case:
     sizes = {"block_size": block, "batch_size": batch, "micro_batch_size": micro}
-    return Case(name, vocab_size, {"preset": "nano", "compile": "off", **sizes, **options}, sft)
+    plain = {"preset": "nano", "compile": "off", "optimizer": "adamw", "tie_word_embeddings": True}
+    return Case(name, vocab_size, {**plain, **sizes, **options}, sft)
 
 
 S = {"preset": "small"}  # 6 layers, 768 wide

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import yaml
+from test_trainer import asking_to_stop, assert_same, make, no_waiting, one_thread, outcome  # noqa: F401
 
 from etude import cli
-from etude.errors import UsageError
+from etude.errors import Interrupted, UsageError
 from etude.model.config import PRESETS, EtudeConfig
 from etude.training import recipe
 from etude.training.config import PretrainConfig, SFTConfig
@@ -19,23 +20,24 @@ def rates(**settings) -> tuple:
     return tuple(config.learning_rate * _lr_factor(kind, config) for kind in ("matrices", "query_key", "embedding", "head"))
 
 
-def test_the_rates_are_those_that_were_measured_at_the_batch_they_were_measured_at():
+def test_the_rates_at_the_batch_they_were_found_for():
     assert rates(batch_size=128, block_size=512) == pytest.approx((9e-3, 3e-3, 0.2, 4e-3))
     assert rates(batch_size=128, block_size=512, tie_word_embeddings=True)[2] == pytest.approx(3e-3)
     assert rates(batch_size=128, block_size=512, optimizer="adamw") == pytest.approx([1.5e-3] * 4)
 
 
 def test_a_smaller_batch_has_lower_rates_and_a_larger_one_the_same():
-    base, half = rates(batch_size=128, block_size=512), rates(batch_size=32, block_size=512)
+    base, half = rates(batch_size=128, block_size=512), rates(batch_size=8, block_size=512)
     assert half == pytest.approx([rate / 2 for rate in base])
-    assert rates(batch_size=64, block_size=256) == pytest.approx(half)  # tokens count, not rows
+    assert rates(batch_size=16, block_size=256) == pytest.approx(half)  # tokens count, not rows
     assert rates(batch_size=1024, block_size=512) == base
 
 
 def test_what_is_said_stays_and_the_others_follow_it():
     assert rates(learning_rate=0.003) == pytest.approx((0.003, 0.001, 0.2 / 3, 0.004 / 3))
     assert rates(learning_rate=0.003, head_learning_rate=0.5, query_key_learning_rate=0.0)[1::2] == pytest.approx((0.0, 0.5))
-    assert rates(learning_rate=0.002, initializer="normal") == pytest.approx([0.002] * 4)  # small weights want small steps
+    assert rates(learning_rate=0.002, initializer="normal") == pytest.approx([0.002] * 4)
+    assert rates(batch_size=128, initializer="normal") == pytest.approx([3e-3] * 4)  # small weights want small steps
     assert rates(learning_rate=0.0) == (0.0,) * 4
 
 
@@ -52,8 +54,15 @@ def test_a_saved_config_says_all_and_is_read_back_the_same(tmp_path):
     config = PretrainConfig(depth=4, block_size=256)
     cli.save(config, str(tmp_path / "run.yaml"))
     saved = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert saved["learning_rate"] == config.learning_rate and saved["batch_size"] == config.batch_size
-    assert cli.parse(PretrainConfig, "", ["--config", str(tmp_path / "run.yaml")]) == config
+    text = (tmp_path / "run.yaml").read_text()
+    assert f"learning_rate {config.learning_rate}" in text and f"batch_size {config.batch_size}" in text
+    back = ["--config", str(tmp_path / "run.yaml")]
+    assert saved["learning_rate"] is None and cli.parse(PretrainConfig, "", back) == config
+    # What was not said follows what is said beside it.
+    assert cli.parse(PretrainConfig, "", [*back, "--depth", "8"]) == PretrainConfig(depth=8, block_size=256)
+    assert cli.parse(PretrainConfig, "", [*back, "--optimizer", "adamw"]) == PretrainConfig(
+        depth=4, block_size=256, optimizer="adamw"
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 12, 32])
@@ -79,7 +88,13 @@ def test_the_batch_grows_with_the_run_and_what_is_said_beside_depth_stays():
     assert said.max_steps * 48 == pytest.approx(plain.max_steps * plain.batch_size, abs=plain.batch_size)
     assert PretrainConfig(depth=8, max_steps=7).max_steps == 7
     assert PretrainConfig(depth=8, num_attention_heads=8).model_shape(True)["num_attention_heads"] == 8
-    assert PretrainConfig().batch_size == 16 and PretrainConfig().max_steps is None
+    assert PretrainConfig(depth=8, epochs=1).max_steps is None and PretrainConfig(depth=8, epochs=1).epochs == 1
+    assert (PretrainConfig().batch_size, PretrainConfig().epochs, PretrainConfig().max_steps) == (16, 3.0, None)
+
+
+def test_long_blocks_make_few_rows_and_not_one_alone():
+    tokens = [PretrainConfig(depth=2, block_size=size).batch_size * size for size in (128, 256, 512, 1024, 2048)]
+    assert max(tokens) < 1.5 * min(tokens)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +105,26 @@ def test_two_answers_to_one_thing_are_refused(settings):
         PretrainConfig(depth=4, **settings)
 
 
-def test_a_depth_that_is_none_is_refused():
+def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match=r"depth \(0\) must be at least 1"):
         PretrainConfig(depth=0)
     with pytest.raises(UsageError, match=r"batch_size \(0\) must be at least 1"):
         PretrainConfig(batch_size=0)
     with pytest.raises(UsageError, match="learning_rate"):
         dataclasses.replace(PretrainConfig(), learning_rate=-1.0)
+
+
+NEW = {
+    "optimizer": "muon", "schedule": "wsd", "final_lr_fraction": 0.0, "momentum_warmup": 5, "initializer": "fan_in",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_a_run_by_the_recipe_goes_on_exactly_and_learns(make, tmp_path):  # noqa: F811
+    make("whole", **NEW).run()
+    with pytest.raises(Interrupted):
+        make("run", loss=asking_to_stop(7), **NEW).run()
+    make("run", **NEW).run()
+    assert_same(tmp_path / "run", outcome(tmp_path / "whole"))
+    losses = [record["loss"] for record in outcome(tmp_path / "run")["metrics"] if "loss" in record]
+    assert losses[-1] < losses[0]

@@ -344,8 +344,26 @@ def test_a_run_of_two_machines_goes_on_in_another_way(make, tmp_path, count, on_
     assert_close(tmp_path / "whole", tmp_path / "run")
 
 
-def test_machines_with_unlike_numbers_of_processes_are_refused(make, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match="--parallel hsdp wants as many processes on each machine: 5 are not so many times 3"):
-        make("run", **{**DIVIDED, "parallel": "hsdp", "batch_size": 15})
+@pytest.mark.parametrize("here", [(2, 2, 4, 4), (1, 1, 2, 2), (1, 2, 2, 3)])
+def test_machines_with_unlike_numbers_of_processes_are_refused_by_all(make, capfd, here):  # noqa: F811
+    def body(rank):
+        os.environ["LOCAL_WORLD_SIZE"] = str(here[rank])
+        make("run", **{**DIVIDED, "parallel": "hsdp", "batch_size": 12}).run()
+
+    assert in_processes(4, body, seconds=30) == [UsageError.exit_code] * 4
+    told = f"wants as many processes on each machine, and there are {' and '.join(map(str, sorted(set(here))))}"
+    assert told in capfd.readouterr().err
+
+
+def test_machines_must_be_known(make, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(UsageError, match="--parallel hsdp has to know how many processes a machine has"):
+        make("run", **{**DIVIDED, "parallel": "hsdp"})
+
+
+def test_machines_of_one_process_have_the_whole_model_each(make, tmp_path):  # noqa: F811
+    settings = {**DIVIDED, "parallel": "hsdp", "batch_size": 5}  # which a divided model would refuse
+    make("whole", **{**settings, "parallel": "ddp"}).run()
+    assert in_processes(2, lambda rank: make("run", **settings).run(), on_machine=1) == [0, 0]
+    assert_close(tmp_path / "whole", tmp_path / "run")

@@ -60,7 +60,7 @@ def compare(config: DataBenchmark, folder: Path) -> dict[str, object]:
 
     texts = sized(config.data, config.megabytes * 10**6)
     write(texts, folder / "texts.jsonl")
-    write(texts[: len(texts) // 4], folder / "quarter.jsonl")
+    write(texts[: max(1, len(texts) // 4)], folder / "quarter.jsonl")
     tokenizer = Tokenizer(config.tokenizer or trained(folder))
     raw = tokenizers.Tokenizer.from_str(tokenizer.json)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6

@@ -134,7 +134,8 @@ def prepare_sft(
     def build(folder: Path) -> None:
         format = ChatFormat(tokenizer)
         writers = {part: StoreWriter(folder / part, len(tokenizer), masked=True) for part in ("train", "val")}
-        rejects, cuts, verified = Rejects(max_bad), {"after a reply": 0, "inside a reply": 0}, 0
+        rejects, cuts = Rejects(max_bad), {"after a reply": 0, "inside a reply": 0}
+        unverified = VERIFIED_CONVERSATIONS
         too_long: list[str] = []  # where the first question alone fills a row: nothing to learn is left
 
         def add(place: str, text: str, chat: EncodedChat, is_validation: bool) -> None:
@@ -148,15 +149,20 @@ def prepare_sft(
             learnt_bytes = sum(tokenizer.byte_lengths[i] for i, learnt in zip(chat.ids, chat.mask, strict=True) if learnt)
             writers["val" if to_val else "train"].add(chat.ids, learnt_bytes, chat.mask)
 
+        def verified(batches):
+            """The batches, the first conversations of which are held against the template, before any is encoded."""
+            nonlocal unverified
+            for places, batch in batches:
+                for place, messages in zip(places[:unverified], batch, strict=False):
+                    _verify(format, messages, place)
+                unverified -= min(unverified, len(batch))
+                yield places, batch
+
         for sources, is_validation in ((files, False), (val_files, True)):
             size = sum(file.stat().st_size for file in sources)
             with progress_bar("tokenising validation data" if is_validation else "tokenising", size, "B") as bar:
-                batches = _conversation_batches(sources, rejects)
+                batches = verified(_conversation_batches(sources, rejects))
                 for (places, batch), encoded in tokens.worked_ahead(batches, lambda pair: format.encode_batch(pair[1])):
-                    for place, messages in zip(places, batch, strict=True):
-                        if verified < VERIFIED_CONVERSATIONS:
-                            _verify(format, messages, place)
-                            verified += 1
                     for place, messages, chat in zip(places, batch, encoded, strict=True):
                         text = "\n".join(message["content"] for message in messages)
                         bar.update(len(text.encode("utf-8")))

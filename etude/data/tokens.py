@@ -2,7 +2,7 @@
 
 Layout of a token store: ``store.json``, ``ids-00000.bin`` … (uint16, or uint32 for vocabularies over 65,536),
 ``mask-00000.bin`` … (uint8, conversations only) and ``starts.bin`` (int64, where each document begins, and the total).
-Memory stays flat however large the data is: writing holds one batch of documents, reading maps the files.
+Memory stays flat however large the data is: writing holds a few batches of documents, reading maps the files.
 """
 
 import hashlib

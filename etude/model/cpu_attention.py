@@ -128,6 +128,7 @@ def _product_of_bf16(a: Tensor, b: Tensor, product: Tensor) -> None:
 
 # An operation of its own, for the compiler cannot tell that the setting belongs to the product. It writes to what it is given,
 # so that compiled code may use one piece of memory for chunk after chunk, and layer after layer.
-torch.library.define("etude::product_of_bf16", "(Tensor a, Tensor b, Tensor(a!) product) -> ()")
-torch.library.impl("etude::product_of_bf16", "cpu", _product_of_bf16)
-torch.library.register_fake("etude::product_of_bf16", lambda a, b, product: None)
+if not hasattr(torch.ops.etude, "product_of_bf16"):  # else this module is imported anew, in a notebook
+    torch.library.define("etude::product_of_bf16", "(Tensor a, Tensor b, Tensor(a!) product) -> ()")
+    torch.library.impl("etude::product_of_bf16", "cpu", _product_of_bf16)
+    torch.library.register_fake("etude::product_of_bf16", lambda a, b, product: None)

@@ -320,12 +320,13 @@ class Calibration:
             used = min(total, rows * max(self.fewest, int(STEP_SECONDS / (row_seconds * rows))))
             took = row_seconds * used + warm[-1].update_seconds
         count = max(2, int(seconds / took)) if took < seconds else 0
-        steps = [self._step(used) for _ in range(min(WATCHED[self.trainer.device.type], count))] or warm[-1:]
+        on_cpu = self.trainer.device.type == "cpu"  # there watching takes memory away that the next step is to find again
+        steps = [self._step(used, not on_cpu) for _ in range(min(WATCHED[self.trainer.device.type], count))] or warm[-1:]
         update = statistics.median(step.update_seconds for step in steps)
         gradient = statistics.median(step.gradient_seconds for step in steps)
         if self.trainer.device.type == "cuda":  # a run does not wait for the device within a step
             gradient = self._unwatched(used, min(50, max(3, count))) - update
-        whole = [first, *warm, *steps]
+        whole = [first, *warm, *([] if on_cpu else steps)]
         return Measured(
             rows=rows,
             row_seconds=max(gradient, 1e-9) / used,
@@ -333,7 +334,7 @@ class Calibration:
             first_seconds=compiling,
             gradient_peak=_largest(step.gradient_peak for step in whole),
             update_peak=_largest(step.update_peak for step in whole),
-            steps=len(whole),
+            steps=len([first, *warm, *steps]),
         )
 
     def _batch(self, rows: int) -> dict[str, Tensor]:
@@ -346,21 +347,23 @@ class Calibration:
             batch = {name: torch.cat([tensor] * times) for name, tensor in batch.items()}
         return {name: tensor[:rows] for name, tensor in batch.items()}
 
-    def _step(self, rows: int) -> Step:
-        """One step of so many rows, watched when its gradients are there."""
+    def _step(self, rows: int, memory: bool = True) -> Step:
+        """One step of so many rows, watched when its gradients are there. Without ``memory`` only its times are of use."""
         compute, reached = self.trainer.gradients.compute, []
 
         def watched(*arguments, **keywords):
             result = compute(*arguments, **keywords)
             self._wait()
             between, peak = time.perf_counter(), self.memory.peak()
-            self.memory.reset()
+            if memory:
+                self.memory.reset()
             reached.append((between, peak, time.perf_counter()))
             return result
 
         batch = self._batch(rows)
         self._wait()
-        self.memory.reset()
+        if memory:
+            self.memory.reset()
         started = time.perf_counter()
         with _with(self.trainer.gradients, compute=watched):
             self.trainer._optimizer_step(batch)

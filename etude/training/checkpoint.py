@@ -58,7 +58,7 @@ class Snapshot:
     model: dict[str, Tensor]  # by the names they have on disk; of a divided model, this process's rows
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
-    shards: int  # how many processes have a part
+    shards: int  # how many parts there are
 
 
 def snapshot(state: dict[str, Any], model: nn.Module, optimizers: list[torch.optim.Optimizer], parts: int = 1) -> Snapshot:

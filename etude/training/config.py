@@ -187,9 +187,11 @@ class PretrainConfig(TrainingConfig):
     output: str = option(lambda: paths.weight("etude_pretrained_model"), "folder of the run and its model")
     depth: int | None = option(
         None,
-        "one dial for shape, batch and length: so many layers, 64 channels wide for each, 20 tokens for each weight of theirs",
+        "one dial for shape, batch and length: so many layers, 64 channels for each (in whole heads of 128), and 20 tokens for each of "
+        "the layers' weights",
     )
     batch_size: int | None = option(None, "sequences per optimizer step, over all processes (default: 16, or what suits depth)")
+    epochs: float | None = option(None, "passes over the data (default: 3, or as many as the tokens take that depth asks for)")
     optimizer: Literal["adamw", "muon"] | None = option(
         None, "muon: Muon for the layers' matrices, AdamW for the rest (default: muon, and with init_from adamw)"
     )
@@ -244,21 +246,15 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         if self.depth is not None:
-            self._follow_depth()
+            self._check_depth()
         recipe.fill_in(self)
         super().__post_init__()
 
-    def _follow_depth(self) -> None:
+    def _check_depth(self) -> None:
         _at_least(self, 1, "depth", "block_size")
         for name, plain in (("preset", "auto"), ("init_from", ""), ("num_hidden_layers", None), ("hidden_size", None)):
             if getattr(self, name) != plain:
                 raise UsageError(f"depth and {name} are two answers to one thing; choose one")
-        batch_size, steps = recipe.batch_and_steps(recipe.shape_of(self.depth), self.block_size)
-        if self.batch_size is None:
-            object.__setattr__(self, "batch_size", batch_size)
-        if self.max_steps is None:
-            tokens = batch_size * steps
-            object.__setattr__(self, "max_steps", math.ceil(tokens / max(1, self.batch_size)))
 
     def model_shape(self, on_accelerator: bool) -> dict:
         """EtudeConfig's fields but for those that the tokenizer decides."""

@@ -1,18 +1,19 @@
 """What pretraining does where nothing is said: rates that suit the batch, and all that one dial, the depth, decides.
 
-The rates were found at 65,536 tokens a step and 768 channels (docs/performance.md, "Quality in a fixed time"). Muon's carry over to
-other widths, as its updates are scaled by the matrices' sides (https://arxiv.org/abs/2502.16982). Importing this costs nothing.
+The rates were found with 768 channels and 65,536 tokens a step, and tried with 256 channels and 4,096 tokens (docs/performance.md,
+"Quality in a fixed time"). Importing this costs nothing.
 """
 
 import math
 
 BATCH_TOKENS = 65_536  # of a step, for which the rates below are
 RATES = {"muon": 9e-3, "adamw": 1.5e-3}
+NORMAL = 1 / 3  # of Muon's, where the initial weights are small ones
 CONTINUED_RATE = 3e-4  # of AdamW, for a model that is trained already
 # With Muon and fan_in weights, as shares of the matrices' rate. Queries and keys would let attention's logits explode; the embedding's
 # rows are of size 1, and each is met in few steps only.
 QUERY_KEY, HEAD, EMBEDDING, TIED_EMBEDDING = 1 / 3, 4 / 9, 0.2 / 9e-3, 1 / 3
-BATCH_SIZE = 16  # sequences
+BATCH_SIZE, EPOCHS = 16, 3.0  # sequences; passes over the data
 
 CHANNELS_PER_LAYER = 64  # nanochat's shape, and that of the preset base
 HEAD_CHANNELS = 128
@@ -20,23 +21,34 @@ TOKENS_PER_WEIGHT = 20  # https://arxiv.org/abs/2203.15556
 
 
 def rate_for(optimizer: str, tokens: int) -> float:
-    """The peak learning rate for steps of so many tokens. It grows with their root, as a gradient's noise falls
-    (https://arxiv.org/abs/2205.10287), up to the batch it was found for, and not beyond.
+    """The peak learning rate for steps of so many tokens. It grows with their fourth root, up to the batch it was found for, and not
+    beyond. (The square root, which noise alone would ask for, https://arxiv.org/abs/2205.10287, was too low for small batches.)
     """
-    return RATES[optimizer] * min(1.0, math.sqrt(tokens / BATCH_TOKENS))
+    return RATES[optimizer] * min(1.0, (tokens / BATCH_TOKENS) ** 0.25)
 
 
 def fill_in(config) -> None:
-    """Put what was left out into a :class:`~etude.training.config.PretrainConfig`."""
+    """Put what was left out into a :class:`~etude.training.config.PretrainConfig`, which remembers what that was."""
+    filled = []
 
     def default(name: str, value: object) -> None:
         if getattr(config, name) is None:
             object.__setattr__(config, name, value)
+            filled.append(name)
 
+    if config.depth is not None:
+        batch_size, steps = batch_and_steps(shape_of(config.depth), config.block_size)
+        default("batch_size", batch_size)
+        if config.epochs is None:
+            default("max_steps", math.ceil(batch_size * steps / max(1, config.batch_size)))
     default("batch_size", BATCH_SIZE)
+    default("epochs", EPOCHS)
     default("optimizer", "adamw" if config.init_from else "muon")
-    continued = CONTINUED_RATE if config.init_from else None
-    default("learning_rate", continued or rate_for(config.optimizer, max(1, config.batch_size * config.block_size)))
+    rate = rate_for(config.optimizer, max(1, config.batch_size * config.block_size))
+    if config.optimizer == "muon" and config.initializer == "normal":
+        rate *= NORMAL
+    default("learning_rate", CONTINUED_RATE if config.init_from else rate)
+    object.__setattr__(config, "filled_in", tuple(filled))
 
 
 def share_of(kind: str, config) -> float:
@@ -67,5 +79,6 @@ def batch_and_steps(shape: dict[str, int], block_size: int) -> tuple[int, int]:
     weights = shape["num_hidden_layers"] * (4 * width**2 + 3 * width * inner)
     tokens = TOKENS_PER_WEIGHT * weights
     batch_tokens = 0.292 * (6 * weights * tokens) ** 0.3271
-    batch_size = max(1, round(batch_tokens / block_size / 8) * 8)
+    rows = batch_tokens / block_size
+    batch_size = round(rows / 8) * 8 if rows > 8 else max(1, round(rows))
     return batch_size, math.ceil(tokens / (batch_size * block_size))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from etude.errors import UsageError
 from etude.model.transformer import Block, Etude
-from etude.parallel import Processes
+from etude.parallel import Processes, all_gather
 from etude.training.config import TrainingConfig
 
 GATHERED = 2**27  # weights that are gathered together: half a GiB of fp32, and one more group is on its way meanwhile
@@ -24,13 +24,15 @@ def parts(config: TrainingConfig, processes: Processes, precision: str) -> int:
     """
     if config.parallel == "ddp" or processes.count == 1:
         return 1
-    option = f"--parallel {config.parallel}"
-    count = processes.on_machine if config.parallel == "hsdp" else processes.count
-    if processes.count % count:
-        raise UsageError(
-            f"{option} wants as many processes on each machine: {processes.count} are not so many times {count}; "
-            "start torchrun with the same --nproc_per_node everywhere, or set --parallel fsdp"
-        )
+    option, count = f"--parallel {config.parallel}", processes.count
+    if config.parallel == "hsdp":
+        if processes.on_machine is None:
+            raise UsageError(
+                "--parallel hsdp has to know how many processes a machine has, from LOCAL_WORLD_SIZE; torchrun sets it"
+            )
+        count = processes.on_machine
+        if count == 1:
+            return 1
     if config.batch_size % processes.count:
         raise UsageError(
             f"batch_size ({config.batch_size}) must be a multiple of the number of processes ({processes.count}) with {option}: "
@@ -43,6 +45,16 @@ def parts(config: TrainingConfig, processes: Processes, precision: str) -> int:
     if precision == "fp16":
         raise UsageError(f"{option} goes with bf16 and fp32 only; set --precision fp32, or --parallel ddp")
     return count
+
+
+def require_like_machines(processes: Processes, device: torch.device) -> None:
+    """Raise :class:`UsageError`, in every process, if machines have unlike numbers of them."""
+    counts = set(processes.gather(torch.tensor([processes.on_machine], device=device)).tolist())
+    if len(counts) > 1:
+        raise UsageError(
+            f"--parallel hsdp wants as many processes on each machine, and there are {' and '.join(map(str, sorted(counts)))}; "
+            "start torchrun with the same --nproc_per_node everywhere, or set --parallel fsdp"
+        )
 
 
 def shard(model: Etude, device: torch.device, parts: int) -> None:
@@ -112,7 +124,7 @@ def gathered(rows: list[Tensor], examples: list[Tensor]) -> list[Tensor]:
         ]
     )
     everything = flat.new_empty(parts * flat.numel())
-    torch.distributed.all_gather_into_tensor(everything, flat, group=mesh.get_group("parts"))
+    all_gather(everything, flat, mesh.get_group("parts"))
     pieces = everything.view(parts, -1).split([math.prod(shape) for shape in shapes], dim=1)
     return [piece.reshape(-1, *example.shape[1:])[: len(example)] for piece, example in zip(pieces, examples, strict=True)]
 

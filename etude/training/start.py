@@ -41,7 +41,9 @@ def pretraining_model(config: PretrainConfig, tokenizer: Tokenizer) -> Etude:
         model = load_any(config.init_from, verify=True)
         _require_fit(model, tokenizer, config.init_from, config)
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        asked = [name for name in SHAPE_FIELDS if getattr(config, name) != defaults[name]]
+        asked = [
+            name for name in SHAPE_FIELDS if getattr(config, name) not in (defaults[name], getattr(model.config, name, None))
+        ]
         if asked or config.preset != "auto":
             raise UsageError(f"--init_from keeps the shape of its model; leave out --{(asked or ['preset'])[0]}")
         return _with_dropout(model, config)

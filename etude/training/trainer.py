@@ -32,7 +32,7 @@ from etude.training.gradients import GradientSum, is_out_of_memory
 from etude.training.health import Health
 from etude.training.identity import changes_since, free_settings, identity
 from etude.training.optim import lr_at, make_optimizers, momentum_at, set_for_step
-from etude.training.sharding import parts, release, shard, whole
+from etude.training.sharding import parts, release, require_like_machines, shard, whole
 from etude.training.signals import StopSignals
 from etude.training.spikes import SpikeFound, Spikes
 from etude.weights import save_model
@@ -116,6 +116,8 @@ class Trainer:
                 self._run()
 
     def _run(self) -> None:
+        if self.config.parallel == "hsdp" and self.processes.count > 1:
+            require_like_machines(self.processes, self.device)
         if self.sharded:
             self._divide()
         resumed = self._resume()
