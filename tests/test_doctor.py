@@ -83,7 +83,7 @@ def pretrained(place, texts, tokenizer_folder) -> Path:
     config = PretrainConfig(
         data=(str(texts),), output=str(place / "pretrained"), tokenizer=str(tokenizer_folder), token_cache=str(place / "cache"),
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-        max_position_embeddings=64, max_steps=12, learning_rate=0.005, **COMMON,
+        max_position_embeddings=64, tie_word_embeddings=True, max_steps=12, learning_rate=0.005, **COMMON,
     )  # fmt: skip
     tokenizer = Tokenizer(tokenizer_folder)
     train, val = prepare_pretrain(config.data, tokenizer, config.token_cache, val_fraction=0.1)

@@ -90,7 +90,7 @@ def trainer_of(model, tokenizer, tmp_path):
     def trainer_of(samples: Rows, micro_batch_size: int | None) -> tuple[Trainer, list[list[torch.Tensor]]]:
         config = PretrainConfig(
             data=("rows",), output=str(tmp_path / "run"), tokenizer="", block_size=LENGTH, batch_size=len(samples),
-            micro_batch_size=micro_batch_size, max_steps=2, max_grad_norm=0, device="cpu", precision="fp32",
+            micro_batch_size=micro_batch_size, max_steps=2, max_grad_norm=0, device="cpu", precision="fp32", optimizer="adamw",
         )  # fmt: skip
         trainer = Trainer(config, model, tokenizer, batches=Batches(samples, len(samples), seed=0), loss=causal_lm_loss)
         given: list[list[torch.Tensor]] = []

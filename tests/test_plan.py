@@ -18,6 +18,7 @@ from etude.training import calibration as calibration_module
 from etude.training import plan as plan_module
 from etude.training.calibration import Calibration, Line, Measured, Memory, left_as_it_was
 from etude.training.config import FREE_ON_RESUME, PretrainConfig
+from etude.training.optim import AdamW
 from etude.training.plan import make_plan, print_plan, told
 
 GIB = 2**30
@@ -272,7 +273,7 @@ def test_on_a_gpu_a_larger_second_size_need_not_fit(make, monkeypatch):  # noqa:
 @pytest.mark.parametrize("where", ["gradients", "optimizer"])
 def test_running_out_of_memory_is_no_error_and_leaves_nothing_there(make, monkeypatch, where):  # noqa: F811
     trainer = make("run", auto_micro_batch=True)  # which must not halve what is being measured
-    loss, step = trainer.loss, torch.optim.AdamW.step
+    loss, step = trainer.loss, AdamW.step
 
     def large_loss(model, batch):
         if len(batch["ids"]) > 1:
@@ -287,7 +288,7 @@ def test_running_out_of_memory_is_no_error_and_leaves_nothing_there(make, monkey
         calibration = Calibration(trainer)
         with monkeypatch.context() as patch:
             if where == "optimizer":
-                patch.setattr(torch.optim.AdamW, "step", large_step)
+                patch.setattr(AdamW, "step", large_step)
             else:
                 patch.setattr(trainer.gradients, "loss", large_loss)
             assert not calibration._runs(2)
