@@ -68,7 +68,7 @@ def test_rejected_rows_and_hidden_files_are_no_data_of_a_folder(tmp_path):
 
 
 def test_a_row_nested_too_deeply_is_a_bad_row(tmp_path):
-    path = write(tmp_path / "deep.jsonl", '{"text": "ok", "x": ' + "[" * 1000 + "]" * 1000 + '}\n{"text": "b"}\n')
+    path = write(tmp_path / "deep.jsonl", '{"text": "ok", "x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"text": "b"}\n')
     rejects = Rejects(1)
     assert [row.record["text"] for row in read_rows(path, rejects)] == ["b"]
     assert "nested too deeply" in rejects.reasons[0]
