@@ -339,7 +339,7 @@ def pipeline(workspace) -> dict[str, subprocess.CompletedProcess]:
     """Every stage once, from its own folder or the root, with the defaults for all paths."""
     chat_sized = ["--block_size", "256"]
     evaluate = ["--questions", workspace / "training_data/eval/questions.jsonl", "--output", workspace / "found.json"]
-    prompt = ["--prompt", "Hello", "--max_new_tokens", "4"]
+    prompt = ["--prompt", "Hello", "--max_new_tokens", "24", "--seed", "1"]  # of a few random tokens all may be blank
     return {
         "tokenizer": execute(workspace, "train", "train/train_tokenizer.py", "all", "--vocab_size", "400"),
         "pretrain": execute(workspace, "train", "train/train_pretrain.py", *TINY, *chat_sized),
