@@ -545,6 +545,17 @@ def test_a_template_that_rewrites_contents_is_refused(tmp_path, tokenizer_folder
         prepared_chats([conversation("a", "b "), conversation("a", "b")], Tokenizer(tmp_path), tmp_path)
 
 
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path, tokenizer_folder):
+    settings = json.loads((tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    refusing = "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    changed = {**settings, "chat_template": refusing + settings["chat_template"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed), encoding="utf-8")
+    records = [conversation("a", "b"), {"messages": [{"role": "system", "content": "s"}, *conversation("a", "b")["messages"]]}]
+    with pytest.raises(DataError, match=r"chats\.jsonl:2.*no system here"):
+        prepared_chats(records, Tokenizer(tmp_path), tmp_path)
+
+
 def test_conversations_are_tokenised_again_when_anything_changes(tmp_path, tokenizer, tokenizer_folder, chat_file):
     def folder(tokenizer=tokenizer, block_size=32, **options) -> str:
         return str(prepare_sft([str(chat_file)], tokenizer, tmp_path / "cache", block_size, **options)[0].folder)

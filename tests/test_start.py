@@ -47,6 +47,13 @@ def test_a_shape_beside_init_from_is_refused(folder, tokenizer):
         pretraining_model(config(init_from=str(folder), hidden_size=48), tokenizer)
 
 
+def test_a_shape_that_is_the_model_s_own_may_stand_beside_init_from(folder, tiny_model, tokenizer):
+    """A run.yaml written when tied heads were the default says so."""
+    assert tiny_model.config.tie_word_embeddings and not config().tie_word_embeddings
+    model = pretraining_model(config(init_from=str(folder), tie_word_embeddings=True), tokenizer)
+    assert model.config == tiny_model.config
+
+
 def test_a_block_longer_than_the_context_is_refused(folder, tokenizer):
     with pytest.raises(UsageError, match="lower --block_size"):
         pretraining_model(config(init_from=str(folder), block_size=65), tokenizer)

@@ -47,7 +47,8 @@ def make_optimizers(
     processes: Processes | None = None,
     compiled: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest; one learning rate serves both.
+    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest; one schedule serves both, of which each kind of
+    weight may have its own share.
 
     Norms, biases and embeddings are not decayed: pulling them to zero only fights the loss.
     """

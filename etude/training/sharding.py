@@ -18,7 +18,7 @@ from etude.training.config import TrainingConfig
 GATHERED = 2**27  # weights that are gathered together: half a GiB of fp32, and one more group is on its way meanwhile
 
 
-def parts(config: TrainingConfig, processes: Processes, precision: str) -> int:
+def number_of_parts(config: TrainingConfig, processes: Processes, precision: str) -> int:
     """Into how many parts the model is divided: 1 where every process has all of it. Raises :class:`UsageError` for settings that
     do not go with a divided one.
     """

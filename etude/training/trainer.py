@@ -32,7 +32,7 @@ from etude.training.gradients import GradientSum, is_out_of_memory
 from etude.training.health import Health
 from etude.training.identity import changes_since, free_settings, identity
 from etude.training.optim import lr_at, make_optimizers, momentum_at, set_for_step
-from etude.training.sharding import parts, release, require_like_machines, shard, whole
+from etude.training.sharding import number_of_parts, release, require_like_machines, shard, whole
 from etude.training.signals import StopSignals
 from etude.training.spikes import SpikeFound, Spikes
 from etude.weights import save_model
@@ -73,7 +73,7 @@ class Trainer:
             batches.pinned = True
         elif self.device.type == "cpu":
             keep_freed_memory()
-        self.parts = parts(config, self.processes, self.precision)  # of the model, each in another process
+        self.parts = number_of_parts(config, self.processes, self.precision)  # of the model, each in another process
         self.sharded = self.parts > 1
         self.model = model if self.sharded else model.to(self.device)
         model.gradient_checkpointing = config.gradient_checkpointing
