@@ -12,6 +12,7 @@ from etude.errors import UsageError
 
 COMPILE_FLOPS = 1e14  # five minutes and more of training on a CPU
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP8_CAPABILITY = (8, 9)  # Ada, Hopper and what came after
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -36,12 +37,17 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> str:
     """ "auto": bf16 where the hardware multiplies it, fp16 on older CUDA devices, fp32 elsewhere (MPS included).
 
-    Software bf16 is slower than fp32, so being able to run it is not enough.
+    Software bf16 is slower than fp32, so being able to run it is not enough. "fp8" is bf16 with 8 bits in the products of
+    training where it pays, and is never picked by itself.
     """
     if name == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+    if name == "fp8":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            raise UsageError("precision (fp8) needs a GPU that multiplies 8 bits (Ada, Hopper or newer); use auto or bf16")
+        return name
     if name not in PRECISIONS:
         raise UsageError(f"precision ({name}) must be auto, {', '.join(PRECISIONS)}")
     if name == "fp16" and device.type != "cuda":
@@ -94,7 +100,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """Matrix products in ``precision``; weights, norms and softmax stay in fp32, and so do sums of losses and gradients."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "fp8" else PRECISIONS[precision])
 
 
 def set_deterministic(enabled: bool) -> None:

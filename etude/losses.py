@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from etude.model.linear import pays, product, rounded, rounded_by_one_scale
 from etude.model.transformer import Etude
 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,14 +47,16 @@ def causal_lm_loss(model: Etude, batch: dict[str, Tensor], cross_entropy: CrossE
         learnt, other = ((labels != IGNORED).nonzero(), (labels == IGNORED).nonzero())
         places = torch.cat((learnt, other)).squeeze(1)[: -(-len(learnt) // ROWS_TOGETHER) * ROWS_TOGETHER]
         hidden, labels = hidden[places], labels[places]
-    return Loss((cross_entropy or linear_cross_entropy)(hidden, model.head_weight, labels), weight)
+    fp8 = model.fp8 and model.training and torch.is_grad_enabled()
+    return Loss((cross_entropy or linear_cross_entropy)(hidden, model.head_weight, labels, fp8), weight)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, fp8: bool = False) -> Tensor:
     """``F.cross_entropy(hidden @ weight.T, labels, reduction="sum")`` that never holds all logits.
 
     ``hidden`` (N, D), ``weight`` (V, D), ``labels`` (N,); labels of ``IGNORED`` count nothing. Under autocast the
-    products are in its dtype, softmax and sums always in fp32 (or fp64 for fp64 input).
+    products are in its dtype, softmax and sums always in fp32 (or fp64 for fp64 input). With ``fp8`` the logits and the gradient by
+    ``hidden`` are multiplied in 8 bits.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
@@ -62,7 +65,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     budget = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else fused
     rows = max(1, budget // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, rows)
+        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, rows, fp8 and pays(weight))
 
 
 def _nats_and_gradient(logits: Tensor, index: Tensor, wide: torch.dtype, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -100,19 +103,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, fp8: bool) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needs_gradient = any(ctx.needs_input_grad[:2])
         loss = hidden.new_zeros((), dtype=wide)
+        if fp8:
+            weight_fp8, transposed_fp8 = rounded(weight), rounded_by_one_scale(weight.t())
         hidden_gradients: list[Tensor] = []
         weight_gradient = None
         for chunk, target in zip(hidden.split(rows), labels.split(rows), strict=True):
             learnt = (target != IGNORED)[:, None]  # (rows, 1)
-            nats, gradient = _nats_and_gradient(F.linear(chunk, weight), target.clamp(min=0)[:, None], wide, needs_gradient)
+            logits = product(rounded(chunk), weight_fp8, chunk.dtype, long_sums=True) if fp8 else F.linear(chunk, weight)
+            nats, gradient = _nats_and_gradient(logits, target.clamp(min=0)[:, None], wide, needs_gradient)
             loss = loss + torch.where(learnt, nats, 0.0).sum()
             if needs_gradient:
                 # What is not learnt is masked on the side of the hidden states, which is smaller by V / D.
-                hidden_gradients.append((gradient @ weight) * learnt)
+                if fp8:  # no element is beyond 1: a probability, or one less 1
+                    gradient_fp8 = rounded_by_one_scale(gradient, largest=1.0)
+                    hidden_gradient = product(gradient_fp8, transposed_fp8, chunk.dtype, long_sums=True)
+                else:
+                    hidden_gradient = gradient @ weight
+                hidden_gradients.append(hidden_gradient * learnt)
                 part = gradient.T @ (chunk * learnt)
                 weight_gradient = part.to(wide) if weight_gradient is None else weight_gradient + part
         if needs_gradient:
@@ -121,6 +132,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * factor.to(hidden_gradient.dtype), (weight_gradient * factor).to(ctx.dtype), None, None
+        return hidden_gradient * factor.to(hidden_gradient.dtype), (weight_gradient * factor).to(ctx.dtype), None, None, None

@@ -5,9 +5,11 @@ import torch
 
 from etude.device import autocast
 from etude.losses import IGNORED, causal_lm_loss
+from etude.model import linear
 from etude.model.config import EtudeConfig
 from etude.model.documents import attends_by_document
 from etude.model.transformer import Etude
+from etude.training.compiler import hold_long_rows
 from etude.training.muon import orthogonalized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -62,6 +64,35 @@ def test_loss_and_gradient_are_those_of_the_cpu_in_fp64(changes, packed, compile
         found_sum, found = gradient_of(model, batch, loss, precision)
         assert abs(found_sum / wanted_sum - 1) < allowed, precision
         assert ((found - wanted).norm() / wanted.norm()).item() < allowed, precision
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_8_bits_loss_and_gradient_are_near_those_of_fp64(compiled, monkeypatch):
+    """Rounding to three bits changes a gradient by a tenth; a wrong scale or layout would change all of it."""
+    monkeypatch.setattr(linear, "SMALLEST", 2**16)
+    hold_long_rows()
+    torch.manual_seed(0)
+    model = Etude(shape(vocab_size=1024, intermediate_size=2048, tie_word_embeddings=False))
+    batch = {name: tensor for name, tensor in packed_batch().items() if name in ("ids", "labels")}
+    wanted_sum, wanted = gradient_of(model.double(), batch, causal_lm_loss, "fp32")
+    model = model.float().to(CUDA).train()
+    model.fp8 = True
+    model.rotary.on(CUDA)
+    torch._dynamo.reset()
+    loss = torch.compile(causal_lm_loss, dynamic=False) if compiled else causal_lm_loss
+    found_sum, found = gradient_of(model, batch, loss, "fp8")
+    assert abs(found_sum / wanted_sum - 1) < 5e-3
+    assert 2e-2 < ((found - wanted).norm() / wanted.norm()).item() < 0.15
+
+
+@pytest.mark.parametrize("long_sums", [False, True])
+@pytest.mark.parametrize("by", [linear.rounded, linear.rounded_by_one_scale])
+def test_a_product_of_8_bits_is_that_of_what_was_rounded(by, long_sums):
+    source = torch.Generator().manual_seed(0)
+    pairs = [by(torch.randn(rows, 4096, generator=source).to(CUDA)) for rows in (256, 512)]
+    a, b = (elements.double() * scale.double() for elements, scale in pairs)
+    found = linear.product(*pairs, torch.bfloat16, long_sums).double()
+    assert ((found - a @ b.t()).norm() / (a @ b.t()).norm()).item() < 4e-3
 
 
 def test_packed_documents_do_not_see_each_other():

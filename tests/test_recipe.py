@@ -1,6 +1,7 @@
 """What pretraining does where nothing is said, and what one dial decides."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from etude.model.config import PRESETS, EtudeConfig
 from etude.training import recipe
 from etude.training.config import PretrainConfig, SFTConfig
 from etude.training.optim import _lr_factor
+from etude.weights import save_model
 
 
 def rates(**settings) -> tuple:
@@ -47,7 +49,35 @@ def test_a_trained_model_is_trained_on_gently():
         assert rates(init_from="some/model", **settings) == pytest.approx([3e-4] * 4)
     tuned = SFTConfig(optimizer="muon", learning_rate=1e-3)
     assert all(_lr_factor(kind, tuned) == 1.0 for kind in ("matrices", "query_key", "embedding", "head"))
-    assert SFTConfig().optimizer == "adamw" and SFTConfig().learning_rate == 3e-5
+
+
+def test_fine_tuning_suits_the_model_s_width(tiny_model, tmp_path):
+    save_model(tiny_model, tmp_path / "ours")
+    as_llama = {**json.loads((tmp_path / "ours" / "config.json").read_text()), "model_type": "llama"}
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(as_llama))
+    own = SFTConfig(init_from=str(tmp_path / "ours"))
+    assert own.optimizer == "adamw" and own.learning_rate * tiny_model.config.hidden_size == pytest.approx(0.23)
+    assert own.filled_in == ("learning_rate",) and not SFTConfig(learning_rate=1e-3).filled_in
+    assert SFTConfig(init_from=str(tmp_path / "ours"), learning_rate=0.0).learning_rate == 0.0
+    assert SFTConfig(init_from=str(tmp_path / "llama")).learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"model_type": "etude"}',
+        '{"model_type": "etude", "hidden_size": "x"}',
+        "[" * 10**5,
+        '{"model_type": "etude", "hidden_size": 1e999}',
+    ],
+)
+def test_a_config_that_cannot_be_read_is_left_to_who_loads_it(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    assert SFTConfig(init_from=str(tmp_path)).learning_rate == SFTConfig(init_from=str(tmp_path / "none")).learning_rate == 3e-5
 
 
 def test_a_saved_config_says_all_and_is_read_back_the_same(tmp_path):

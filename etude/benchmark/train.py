@@ -22,8 +22,8 @@ class TrainBenchmark:
     batch_size: int = option(64, "sequences of a step")
     optimizer: Literal["adamw", "muon"] = option("adamw", "Etude's optimizer; the peer's is AdamW")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "of matrix products; auto: what the hardware multiplies"
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = option(
+        "auto", "of Etude's matrix products, and with fp8 bf16 of the peer's; auto: what the hardware multiplies"
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile, for both; auto: as in a long run, on where it works")
     rounds: int = option(5, "rounds in which the two take turns; the medians count")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from etude.model import cpu_attention
 from etude.model.config import EtudeConfig
 from etude.model.documents import attend_by_document
+from etude.model.linear import Linear
 from etude.model.norm import RMSNorm
 from etude.model.rope import rotate
 
@@ -80,10 +81,10 @@ class Attention(nn.Module):
         D, d = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, d
         self.groups = config.num_attention_heads // config.num_key_value_heads  # query heads per key head
-        self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * d, D, bias=False)
+        self.q_proj = Linear(D, config.num_attention_heads * d)
+        self.k_proj = Linear(D, config.num_key_value_heads * d)
+        self.v_proj = Linear(D, config.num_key_value_heads * d)
+        self.o_proj = Linear(config.num_attention_heads * d, D)
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 

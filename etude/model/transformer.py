@@ -13,6 +13,7 @@ from etude.model.attention import Attention, Context, KVCache
 from etude.model.config import EtudeConfig
 from etude.model.documents import attends_by_document, document_mask, flat_bounds
 from etude.model.ffn import SwiGLU
+from etude.model.linear import Linear
 from etude.model.norm import RMSNorm
 from etude.model.rope import RotaryTable
 
@@ -51,6 +52,7 @@ class Etude(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config)
         self.gradient_checkpointing = False  # in training, keep what enters a layer and compute the rest anew on the way back
+        self.fp8 = False
         self.init_weights()
 
     @torch.no_grad()
@@ -80,6 +82,18 @@ class Etude(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether training multiplies in 8 bits."""
+        return self._fp8
+
+    @fp8.setter
+    def fp8(self, enabled: bool) -> None:
+        self._fp8 = enabled
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.fp8 = enabled
 
     @property
     def head_weight(self) -> Tensor:

@@ -93,8 +93,10 @@ class TrainingConfig:
 
     seed: int = option(0, "seed of initial weights, data order, validation split and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "of matrix products; weights are fp32. auto: what the hardware multiplies"
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = option(
+        "auto",
+        "of matrix products; weights are fp32. auto: what the hardware multiplies; fp8: bf16, and 8 bits in training's large products, "
+        "on Ada, Hopper and newer GPUs",
     )
     parallel: Literal["ddp", "fsdp", "hsdp"] = option(
         "ddp",
@@ -287,8 +289,14 @@ class SFTConfig(TrainingConfig):
     output: str = option(lambda: paths.weight("etude_sft_model"), "folder of the run and its model")
     init_from: str = option(lambda: paths.weight("etude_pretrained_model"), "model folder to start from (Etude's or a Llama)")
     batch_size: int = option(8, "packed rows per optimizer step, over all processes")
-    learning_rate: float = option(3e-5, "peak learning rate (Muon's updates are scaled to suit the same number)")
+    learning_rate: float | None = option(
+        None, "peak learning rate (default: 0.23 / hidden_size for a model that Etude trained, 3e-5 for others)"
+    )
     sample_prompt: str = option("", "question that printed samples answer (default: one of the validation data)")
+
+    def __post_init__(self) -> None:
+        recipe.fill_in_for_fine_tuning(self)
+        super().__post_init__()
 
 
 def _at_least(config: object, least: float, *names: str) -> None:

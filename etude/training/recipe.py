@@ -1,10 +1,13 @@
-"""What pretraining does where nothing is said: rates that suit the batch, and all that one dial, the depth, decides.
+"""What training does where nothing is said: rates that suit the batch and the model, and all that one dial, the depth, decides.
 
-The rates were found with 768 channels and 65,536 tokens a step, and tried with 256 channels and 4,096 tokens (docs/performance.md,
+The rates of pretraining were found with 768 channels and 65,536 tokens a step, and tried with 256 channels and 4,096 tokens (docs/performance.md,
 "Quality in a fixed time"). Importing this costs nothing.
 """
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 BATCH_TOKENS = 65_536  # of a step, for which the rates below are
 RATES = {"muon": 9e-3, "adamw": 1.5e-3}
@@ -14,6 +17,9 @@ CONTINUED_RATE = 3e-4  # of AdamW, for a model that is trained already
 # rows are of size 1, and each is met in few steps only.
 QUERY_KEY, HEAD, EMBEDDING, TIED_EMBEDDING = 1 / 3, 4 / 9, 0.2 / 9e-3, 1 / 3
 BATCH_SIZE, EPOCHS = 16, 3.0  # sequences; passes over the data
+
+FINE_TUNING_RATE = 0.23  # of AdamW, divided by the model's channels: 3e-4 for 768 of them, 9e-4 for 256
+FOREIGN_RATE = 3e-5  # for models that were published: trained on far more, they have more to lose
 
 CHANNELS_PER_LAYER = 64  # nanochat's shape, and that of the preset base
 HEAD_CHANNELS = 128
@@ -29,13 +35,7 @@ def rate_for(optimizer: str, tokens: int) -> float:
 
 def fill_in(config) -> None:
     """Put what was left out into a :class:`~etude.training.config.PretrainConfig`, which remembers what that was."""
-    filled = []
-
-    def default(name: str, value: object) -> None:
-        if getattr(config, name) is None:
-            object.__setattr__(config, name, value)
-            filled.append(name)
-
+    default = _filler(config)
     if config.depth is not None:
         batch_size, steps = batch_and_steps(shape_of(config.depth), config.block_size)
         default("batch_size", batch_size)
@@ -48,7 +48,35 @@ def fill_in(config) -> None:
     if config.optimizer == "muon" and config.initializer == "normal":
         rate *= NORMAL
     default("learning_rate", CONTINUED_RATE if config.init_from else rate)
-    object.__setattr__(config, "filled_in", tuple(filled))
+
+
+def fill_in_for_fine_tuning(config) -> None:
+    """The same for a :class:`~etude.training.config.SFTConfig`, after a look at the model it starts from."""
+    channels = _channels_of_our_own(config.init_from)
+    _filler(config)("learning_rate", FINE_TUNING_RATE / channels if channels else FOREIGN_RATE)
+
+
+def _filler(config) -> Callable[[str, object], None]:
+    """What puts a value where there is none, and writes down where."""
+    object.__setattr__(config, "filled_in", ())
+
+    def default(name: str, value: object) -> None:
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)
+            object.__setattr__(config, "filled_in", (*config.filled_in, name))
+
+    return default
+
+
+def _channels_of_our_own(folder: str) -> int | None:
+    """The hidden_size of the model in ``folder`` if Etude trained it, and its config.json can be read at all: what is wrong with it
+    is said where it is loaded.
+    """
+    try:
+        values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        return max(1, int(values["hidden_size"])) if values["model_type"] == "etude" else None
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
 
 
 def share_of(kind: str, config) -> float:

@@ -77,6 +77,7 @@ class Trainer:
         self.sharded = self.parts > 1
         self.model = model if self.sharded else model.to(self.device)
         model.gradient_checkpointing = config.gradient_checkpointing
+        model.fp8 = self.precision == "fp8"
         model.rotary.on(self.device)  # made before compiling, so that compiled code reads it
         self.loss = loss
         self.health = Health(batches, self.device, scaled=self.precision == "fp16")
@@ -86,6 +87,10 @@ class Trainer:
         self.tokens_per_step = config.batch_size * batches.samples.block_size
         flops = model.config.training_flops_per_token(batches.samples.block_size) * self.tokens_per_step * self.steps
         self.compiled = pick_compile(config.compile, self.device, flops)
+        if self.compiled and model.fp8:
+            from etude.training.compiler import hold_long_rows  # importing it takes seconds
+
+            hold_long_rows()
         self.optimizers = [] if self.sharded else self._make_optimizers()
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
         rows = self.processes.rows(config.batch_size)
