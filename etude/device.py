@@ -12,7 +12,6 @@ from etude.errors import UsageError
 
 COMPILE_FLOPS = 1e14  # five minutes and more of training on a CPU
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FP8_CAPABILITY = (8, 9)  # Ada, Hopper and what came after
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -34,18 +33,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> str:
+def pick_precision(name: str, device: torch.device, training: bool = False) -> str:
     """ "auto": bf16 where the hardware multiplies it, fp16 on older CUDA devices, fp32 elsewhere (MPS included).
 
-    Software bf16 is slower than fp32, so being able to run it is not enough. "fp8" is bf16 with 8 bits in the products of
-    training where it pays, and is never picked by itself.
+    Software bf16 is slower than fp32, so being able to run it is not enough. "fp8" is for training only: bf16, with 8 bits in
+    the large products, and never picked by itself.
     """
     if name == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
-    if name == "fp8":
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    if name == "fp8" and training:
+        if not _multiplies_fp8(device):
             raise UsageError("precision (fp8) needs a GPU that multiplies 8 bits (Ada, Hopper or newer); use auto or bf16")
         return name
     if name not in PRECISIONS:
@@ -61,6 +60,18 @@ def _cpu_multiplies_bf16() -> bool:
         return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("amx_tile"))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch 2.10 has no public question
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    ones, scales = torch.ones(16, 16, device=device), torch.ones(16, 1, device=device)
+    try:  # whether this GPU, system and torch can, and by rows, is quicker tried than told
+        matrix = ones.to(torch.float8_e4m3fn)
+        torch._scaled_mm(matrix, matrix.t(), scales, scales.t(), out_dtype=torch.bfloat16)
+    except Exception:
+        return False
+    return True
 
 
 def pick_compile(choice: str, device: torch.device, flops: float) -> bool:

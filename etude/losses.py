@@ -65,7 +65,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, fp8: bo
     budget = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else fused
     rows = max(1, budget // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, rows, fp8 and pays(weight))
+        return _LinearCrossEntropy.apply(
+            hidden.to(dtype), weight.to(dtype), labels, rows, fp8 and pays(weight) and len(hidden) > 0
+        )
 
 
 def _nats_and_gradient(logits: Tensor, index: Tensor, wide: torch.dtype, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:

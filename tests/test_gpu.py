@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_linear import rows_held  # noqa: F401
 
 from etude.device import autocast
 from etude.losses import IGNORED, causal_lm_loss
@@ -9,7 +10,6 @@ from etude.model import linear
 from etude.model.config import EtudeConfig
 from etude.model.documents import attends_by_document
 from etude.model.transformer import Etude
-from etude.training.compiler import hold_long_rows
 from etude.training.muon import orthogonalized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -67,10 +67,9 @@ def test_loss_and_gradient_are_those_of_the_cpu_in_fp64(changes, packed, compile
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_in_8_bits_loss_and_gradient_are_near_those_of_fp64(compiled, monkeypatch):
+def test_in_8_bits_loss_and_gradient_are_near_those_of_fp64(compiled, monkeypatch, rows_held):  # noqa: F811
     """Rounding to three bits changes a gradient by a tenth; a wrong scale or layout would change all of it."""
     monkeypatch.setattr(linear, "SMALLEST", 2**16)
-    hold_long_rows()
     torch.manual_seed(0)
     model = Etude(shape(vocab_size=1024, intermediate_size=2048, tie_word_embeddings=False))
     batch = {name: tensor for name, tensor in packed_batch().items() if name in ("ids", "labels")}

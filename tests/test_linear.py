@@ -3,16 +3,27 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_trainer import make, no_waiting  # noqa: F401
 
 from etude.device import pick_precision
-from etude.errors import UsageError
+from etude.errors import MismatchError, UsageError
 from etude.losses import IGNORED, causal_lm_loss, linear_cross_entropy
 from etude.model import linear
 from etude.model.config import EtudeConfig
 from etude.model.linear import LARGEST, Linear, product, rounded, rounded_by_one_scale
 from etude.model.transformer import Etude
+from etude.training.compiler import LongRowsAreHeld, hold_long_rows
 
-pytestmark = pytest.mark.skipif(not hasattr(torch, "_scaled_mm"), reason="this torch has no products of 8 bits")
+
+def cpu_multiplies_rows() -> bool:
+    try:
+        product(rounded(torch.ones(16, 16)), rounded(torch.ones(16, 16)), torch.bfloat16)
+    except RuntimeError:  # before torch 2.13 by one scale only
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not cpu_multiplies_rows(), reason="this torch has no such products on a CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -157,27 +168,78 @@ def test_a_model_trains_nearly_as_in_16_bits_and_evaluates_just_so(compiled):
 
 def test_a_device_that_cannot_is_named():
     with pytest.raises(UsageError, match=r"precision \(fp8\) needs a GPU that multiplies 8 bits"):
+        pick_precision("fp8", torch.device("cpu"), training=True)
+
+
+def test_nobody_but_training_is_offered_it():
+    with pytest.raises(UsageError, match=r"precision \(fp8\) must be auto, bf16, fp16, fp32"):
         pick_precision("fp8", torch.device("cpu"))
 
 
-def test_code_compiled_with_rows_held_gives_the_same():
+@pytest.fixture
+def rows_held():
     from torch._inductor import config
     from torch._inductor.choices import InductorChoices
     from torch._inductor.virtualized import V
 
-    from etude.training.compiler import LongRowsAreHeld, hold_long_rows
+    before = config.inductor_choices_class
+    hold_long_rows()
+    torch._dynamo.reset()
+    yield V.choices
+    config.inductor_choices_class = before
+    V.set_choices_handler(InductorChoices())
+    torch._dynamo.reset()
 
+
+def test_code_compiled_with_rows_held_gives_the_same(rows_held):
     def centred(x: torch.Tensor) -> torch.Tensor:
         return (x - x.amax(-1, keepdim=True)).exp().sum(-1)
 
-    before = config.inductor_choices_class
     x = normal(8, 2048)
-    try:
-        hold_long_rows()
-        torch._dynamo.reset()
-        assert isinstance(V.choices, LongRowsAreHeld)
-        assert torch.allclose(torch.compile(centred)(x), centred(x))
-    finally:
-        config.inductor_choices_class = before
-        V.set_choices_handler(InductorChoices())
-        torch._dynamo.reset()
+    assert isinstance(rows_held, LongRowsAreHeld)
+    assert torch.allclose(torch.compile(centred)(x), centred(x))
+
+
+@pytest.mark.parametrize("hint, size, together, held", [
+    ("INNER", 2**14, False, True), ("INNER", 2**14 + 1, False, False), ("INNER", 16, False, True),
+    ("OUTER", 2**14, False, False), ("INNER", 2**14, True, False),
+])  # fmt: skip
+def test_which_rows_are_held(rows_held, hint, size, together, held, monkeypatch):
+    """Asked as the compiler asks; what it would hold by itself it holds."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class Features:
+        reduction_numel = size
+
+        def get_reduction_hint(self) -> ReductionHint:
+            return ReductionHint[hint]
+
+    class Graph:
+        class sizevars:
+            statically_known_leq = staticmethod(lambda left, right: left <= right)
+
+    own = staticmethod(lambda features, together: features.reduction_numel <= 1024 and not together)
+    monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", own)
+    with V.set_graph_handler(Graph()):
+        assert rows_held.should_use_persistent_reduction(Features(), together) == held
+
+
+def test_a_trainer_of_8_bits(make, monkeypatch, capsys):  # noqa: F811
+    """As on a GPU, but on a CPU: the flags, what the compiler is asked, the header, and training that learns something else."""
+    asked = []
+    monkeypatch.setattr("etude.training.compiler.hold_long_rows", lambda: asked.append(True))
+    plain = make("plain", precision="bf16")
+    plain.run()
+    monkeypatch.setattr("etude.training.trainer.pick_precision", lambda name, device, training: name)
+    trainer = make("run", precision="fp8")
+    assert trainer.model.fp8 and not asked
+    trainer.run()
+    assert "fp8 in 15 of 15 products" in capsys.readouterr().out  # seven of each layer, and the head's
+    pairs = zip(trainer.model.parameters(), plain.model.parameters(), strict=True)
+    assert 0 < sum((a - b).norm() for a, b in pairs) < sum(a.norm() for a in plain.model.parameters())
+    make("compiled", precision="fp8", compile="on")
+    assert asked
+    with pytest.raises(MismatchError, match="precision fp8 → bf16"):
+        make("run", precision="bf16", max_steps=20).run()

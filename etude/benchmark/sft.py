@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from etude.benchmark.report import in_turns, lively_std, tell, wait
 from etude.benchmark.train import TrainBenchmark, huggingface_step, shape_of
@@ -32,6 +33,9 @@ class SFTBenchmark(TrainBenchmark):
     tokenizer: str = option("", "tokenizer folder; left out: one of vocab_size tokens is trained on the data")
     vocab_size: int = option(16_384, "tokens in the vocabulary, where no tokenizer is named")
     batch_size: int = option(64, "rows of a step, packed or padded")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "of matrix products; auto: what the hardware multiplies"
+    )
 
 
 @dataclass
@@ -231,8 +235,8 @@ def make_trainer(config: SFTBenchmark, rows, folder: Path):
     shape = shape_of(config)
     settings = SFTConfig(
         output=str(folder / "run"), block_size=config.block_size, batch_size=config.batch_size,
-        micro_batch_size=config.batch_size, max_steps=1_000_000, optimizer=config.optimizer, device=config.device,
-        precision=config.precision, compile=config.compile,
+        micro_batch_size=config.batch_size, max_steps=1_000_000, optimizer=config.optimizer, learning_rate=3e-5,
+        device=config.device, precision=config.precision, compile=config.compile,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Etude(

@@ -1,7 +1,7 @@
 """Linear layers that may multiply in 8 bits while they are trained, and products of 8 bits.
 
-The GPUs that multiply 8 bits do so at twice the rate of 16. Each row of a matrix is divided by a scale of its own before it is
-rounded, so that its largest element is the largest that the format has. Outputs and the gradients by inputs are made that way;
+The GPUs that multiply 8 bits do so at twice the rate of 16. Each row of a layer's matrices is divided by a scale of its own before it
+is rounded, so that its largest element is the largest that the format has. Outputs and the gradients by inputs are made that way;
 the gradients by weights, which add up over all tokens, in 16 bits. torchao calls this recipe ``rowwise_with_gw_hp``
 (https://docs.pytorch.org/ao/stable/workflows/training.html); the format is e4m3 of https://arxiv.org/abs/2209.05433.
 
@@ -77,7 +77,7 @@ def product(a: Rounded, b: Rounded, dtype: torch.dtype, long_sums: bool = False)
     """``a @ b.t()`` of (N, K) and (M, K), both rounded by rows or both by one scale → (N, M) in ``dtype``.
 
     Tensor cores add up 8-bit products with some 14 bits. With ``long_sums`` the partial sums are added up in fp32 instead, which
-    takes a little longer: sums over a vocabulary, of many small numbers and a few large ones, want that.
+    takes a little longer. The head wants that, sums over a vocabulary above all, of many small numbers and a few large ones.
     """
     (a, a_scale), (b, b_scale) = a, b
     # There is a public F.scaled_mm, but torch 2.11 does not compile it.

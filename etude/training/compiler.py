@@ -4,8 +4,7 @@ To round a row it must be gone over twice, once for its scale and once to divide
 its softmax. The compiler holds rows of up to 1,024 elements in a multiprocessor's registers meanwhile, and reads longer ones twice; yet
 longer ones fit as well, and these kernels do nothing but read and write.
 
-``inductor_choices_class`` is the compiler's own place for that, if not a documented one: importing this module needs torch 2.10 or newer,
-and takes the seconds that the compiler takes to import.
+The compiler has a place for such wishes, but does not document it: with a torch that has moved it, importing this fails. It takes seconds, too.
 """
 
 from torch._inductor import config
@@ -19,9 +18,12 @@ LONGEST = 2**14  # elements of a row: as many as a small vocabulary has
 class LongRowsAreHeld(InductorChoices):
     @staticmethod
     def should_use_persistent_reduction(features, cooperative_reduction: bool) -> bool:
-        if not cooperative_reduction and features.get_reduction_hint() == ReductionHint.INNER:
-            return V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST)
-        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+        if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+            return True
+        if cooperative_reduction or not config.triton.persistent_reductions:
+            return False
+        along_rows = features.get_reduction_hint() == ReductionHint.INNER
+        return along_rows and V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST)
 
     def uuid(self) -> str:
         """What compiled code in the cache is told apart by."""

@@ -290,7 +290,8 @@ class SFTConfig(TrainingConfig):
     init_from: str = option(lambda: paths.weight("etude_pretrained_model"), "model folder to start from (Etude's or a Llama)")
     batch_size: int = option(8, "packed rows per optimizer step, over all processes")
     learning_rate: float | None = option(
-        None, "peak learning rate (default: 0.23 / hidden_size for a model that Etude trained, 3e-5 for others)"
+        None,
+        "peak learning rate (default: 0.23 / hidden_size, at most 1.5e-3, for a model in Etude's own format, 3e-5 for others)",
     )
     sample_prompt: str = option("", "question that printed samples answer (default: one of the validation data)")
 

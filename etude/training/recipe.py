@@ -18,8 +18,8 @@ CONTINUED_RATE = 3e-4  # of AdamW, for a model that is trained already
 QUERY_KEY, HEAD, EMBEDDING, TIED_EMBEDDING = 1 / 3, 4 / 9, 0.2 / 9e-3, 1 / 3
 BATCH_SIZE, EPOCHS = 16, 3.0  # sequences; passes over the data
 
-FINE_TUNING_RATE = 0.23  # of AdamW, divided by the model's channels: 3e-4 for 768 of them, 9e-4 for 256
-FOREIGN_RATE = 3e-5  # for models that were published: trained on far more, they have more to lose
+FINE_TUNING_RATE = 0.23  # divided by the model's channels: 3e-4 for 768 of them, 9e-4 for 256
+FOREIGN_RATE = 3e-5  # for models in others' formats, which were trained on far more, and have more to lose
 
 CHANNELS_PER_LAYER = 64  # nanochat's shape, and that of the preset base
 HEAD_CHANNELS = 128
@@ -52,8 +52,7 @@ def fill_in(config) -> None:
 
 def fill_in_for_fine_tuning(config) -> None:
     """The same for a :class:`~etude.training.config.SFTConfig`, after a look at the model it starts from."""
-    channels = _channels_of_our_own(config.init_from)
-    _filler(config)("learning_rate", FINE_TUNING_RATE / channels if channels else FOREIGN_RATE)
+    _filler(config)("learning_rate", _fine_tuning_rate(config.init_from))
 
 
 def _filler(config) -> Callable[[str, object], None]:
@@ -68,15 +67,15 @@ def _filler(config) -> Callable[[str, object], None]:
     return default
 
 
-def _channels_of_our_own(folder: str) -> int | None:
-    """The hidden_size of the model in ``folder`` if Etude trained it, and its config.json can be read at all: what is wrong with it
-    is said where it is loaded.
-    """
+def _fine_tuning_rate(folder: str) -> float:
+    """What suits the model in ``folder``. What is wrong with its config.json is said where it is loaded."""
     try:
         values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        return max(1, int(values["hidden_size"])) if values["model_type"] == "etude" else None
+        if values["model_type"] == "etude":
+            return min(RATES["adamw"], FINE_TUNING_RATE / max(1, values["hidden_size"]))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None
+        pass
+    return FOREIGN_RATE
 
 
 def share_of(kind: str, config) -> float:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from etude.errors import Interrupted, MismatchError, UsageError
 from etude.evaluation import LossResult, evaluate_loss
 from etude.lock import FolderLock
 from etude.losses import Loss, causal_lm_loss, linear_cross_entropy
+from etude.model.linear import Linear, pays
 from etude.model.transformer import Etude
 from etude.parallel import from_environment, local_device
 from etude.runlog import RunLog, SilentLog, duration
@@ -67,7 +69,7 @@ class Trainer:
         self.val = val if val is not None and len(val) else None
         self.sample = sample
         self.device = pick_device(local_device(config.device))
-        self.precision = pick_precision(config.precision, self.device)
+        self.precision = pick_precision(config.precision, self.device, training=True)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams and events are the current device's
             batches.pinned = True
@@ -88,9 +90,10 @@ class Trainer:
         flops = model.config.training_flops_per_token(batches.samples.block_size) * self.tokens_per_step * self.steps
         self.compiled = pick_compile(config.compile, self.device, flops)
         if self.compiled and model.fp8:
-            from etude.training.compiler import hold_long_rows  # importing it takes seconds
+            with suppress(ImportError, AttributeError):  # a torch that knows no such wish compiles as it sees fit
+                from etude.training.compiler import hold_long_rows
 
-            hold_long_rows()
+                hold_long_rows()
         self.optimizers = [] if self.sharded else self._make_optimizers()
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
         rows = self.processes.rows(config.batch_size)
@@ -479,7 +482,13 @@ class Trainer:
             if count > 1
             else ""
         )
-        print(f"device    {describe(self.device)}; {self.precision}{', compiled' if self.compiled else ''}{several}")
+        precision = self.precision
+        if self.model.fp8:
+            weights = [module.weight for module in self.model.modules() if isinstance(module, Linear)] + [
+                self.model.head_weight
+            ]
+            precision += f" in {sum(map(pays, weights))} of {len(weights)} products"
+        print(f"device    {describe(self.device)}; {precision}{', compiled' if self.compiled else ''}{several}")
         epochs = self.steps / self.batches.steps_per_epoch
         print(
             f"run       {self.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}"
