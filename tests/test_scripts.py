@@ -153,7 +153,7 @@ def test_an_abbreviation_is_no_option(call):
         (["--batch_size", "many"], "batch_size"),
         (["--learning_rate", "-1"], "learning_rate (-1.0) must be at least 0"),
         (["--learning_rate", "nan"], "learning_rate"),
-        (["--precision", "fp8"], "precision"),
+        (["--precision", "fp4"], "precision"),
         (["--warmup_fraction", "1.5"], "warmup_fraction (1.5) must be between 0 and 1"),
         (["--keep_checkpoints", "0"], "keep_checkpoints (0) must be at least 1"),
         (["--config", "missing.yaml"], "missing.yaml"),

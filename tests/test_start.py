@@ -54,6 +54,14 @@ def test_a_shape_that_is_the_model_s_own_may_stand_beside_init_from(folder, tiny
     assert model.config == tiny_model.config
 
 
+@pytest.mark.parametrize("make", [pretraining_model, lambda config, _tokenizer: starting_model(config, before="train")])
+def test_a_machine_that_cannot_is_told_before_the_data_is_read(folder, tokenizer, make):
+    kind = PretrainConfig if make is pretraining_model else SFTConfig
+    for wrong, told in (({"precision": "fp8"}, "fp8"), ({"precision": "fp16"}, "fp16"), ({"device": "cuda:99"}, "cuda:99")):
+        with pytest.raises(UsageError, match=told):
+            make(kind(**{"block_size": 32, "device": "cpu", "init_from": str(folder), **wrong}), tokenizer)
+
+
 def test_a_block_longer_than_the_context_is_refused(folder, tokenizer):
     with pytest.raises(UsageError, match="lower --block_size"):
         pretraining_model(config(init_from=str(folder), block_size=65), tokenizer)

@@ -10,13 +10,14 @@ import torch
 from etude import paths
 from etude.chat import ChatFormat
 from etude.data.tokens import TokenStore
-from etude.device import pick_device
+from etude.device import pick_device, pick_precision
 from etude.errors import MismatchError, UsageError
 from etude.generation.plain import generate
 from etude.generation.settings import SamplingSettings
 from etude.llama import load_any
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
+from etude.parallel import local_device
 from etude.tokenizer import TURN_START, Tokenizer
 from etude.training.checkpoint import sha256
 from etude.training.config import SHAPE_FIELDS, PretrainConfig, TrainingConfig
@@ -37,6 +38,7 @@ def pretraining_tokenizer(config: PretrainConfig) -> Tokenizer:
 
 def pretraining_model(config: PretrainConfig, tokenizer: Tokenizer) -> Etude:
     """A new model with the shape that ``config`` asks for, or the one in ``init_from``, for continued pretraining."""
+    _require_machine(config)
     if config.init_from:
         model = load_any(config.init_from, verify=True)
         _require_fit(model, tokenizer, config.init_from, config)
@@ -65,6 +67,7 @@ def pretraining_model(config: PretrainConfig, tokenizer: Tokenizer) -> Etude:
 
 def starting_model(config: TrainingConfig, before: str) -> tuple[Etude, Tokenizer]:
     """The model and the tokenizer in ``config.init_from``; ``before`` is the command that makes one."""
+    _require_machine(config)
     folder = Path(config.init_from)
     if not (folder / "config.json").is_file():
         raise MismatchError(f"{folder}: there is no model to start from; run: {before}")
@@ -77,6 +80,11 @@ def weights_fingerprint(folder: str) -> str:
     """SHA-256 of the weights that a run starts from, "" where it starts from none: on resume they must be the same."""
     files = sorted(Path(folder).glob("*.safetensors")) if folder else []
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest() if files else ""
+
+
+def _require_machine(config: TrainingConfig) -> None:
+    """Raise :class:`UsageError` for a device or a precision that this machine doesn't have: the trainer would, but after the data."""
+    pick_precision(config.precision, pick_device(local_device(config.device)), training=True)
 
 
 def _with_dropout(model: Etude, config: TrainingConfig) -> Etude:
