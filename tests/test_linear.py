@@ -226,13 +226,20 @@ def test_which_rows_are_held(rows_held, hint, size, together, held, monkeypatch)
         assert rows_held.should_use_persistent_reduction(Features(), together) == held
 
 
+def allow_fp8(monkeypatch) -> None:
+    """On a CPU, and for matrices of any size."""
+    monkeypatch.setattr(linear, "SMALLEST", 1)
+    for module in ("start", "trainer"):
+        monkeypatch.setattr(f"etude.training.{module}.pick_precision", lambda name, device, training: name)
+
+
 def test_a_trainer_of_8_bits(make, monkeypatch, capsys):  # noqa: F811
     """As on a GPU, but on a CPU: the flags, what the compiler is asked, the header, and training that learns something else."""
     asked = []
     monkeypatch.setattr("etude.training.compiler.hold_long_rows", lambda: asked.append(True))
     plain = make("plain", precision="bf16")
     plain.run()
-    monkeypatch.setattr("etude.training.trainer.pick_precision", lambda name, device, training: name)
+    allow_fp8(monkeypatch)
     trainer = make("run", precision="fp8")
     assert trainer.model.fp8 and not asked
     trainer.run()

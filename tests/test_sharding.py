@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from test_linear import allow_fp8, cpu_multiplies_rows
 from test_parallel import TWO, in_processes
 from test_trainer import asking_to_stop, assert_same, make, metrics, no_waiting, one_thread, outcome  # noqa: F401
 
@@ -55,6 +56,22 @@ def test_divided_a_model_is_trained_as_it_is_whole(make, tmp_path, kind, tied): 
     # What the run leaves for others is one whole model.
     saved, trained = load_model(tmp_path / "divided").state_dict(), checkpoint.load(path).model
     assert all(torch.equal(saved[name], weight) for name, weight in trained.items())
+
+
+@pytest.mark.skipif(not cpu_multiplies_rows(), reason="this torch has no such products on a CPU")
+def test_in_8_bits_too(make, tmp_path, monkeypatch):  # noqa: F811
+    """Weights are gathered before they are rounded, and each token's row has its own scale."""
+    allow_fp8(monkeypatch)
+    settings = {**DIVIDED, "micro_batch_size": 2, "batch_size": 8, "epsilon": 1e-6, "precision": "fp8", "max_steps": 3}
+    make("whole", **settings).run()
+    assert in_processes(2, lambda rank: make("divided", **settings).run()) == [0, 0]
+    whole, divided = (
+        [record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")
+    )
+    assert whole == pytest.approx(divided, rel=1e-4)
+    settings["precision"] = "bf16"
+    make("bf16", **settings).run()
+    assert whole != pytest.approx([record["loss"] for record in metrics(tmp_path / "bf16") if "loss" in record], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
