@@ -22,6 +22,7 @@ STORAGE_ERRORS = {
     errno.EACCES, errno.EPERM,  # permission
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,  # a path that cannot be what is asked of it
 }  # fmt: skip
+INTERRUPTED = "interrupted; nothing was left half-written"
 
 
 def option(default: Any, help: str, **keywords) -> Any:
@@ -149,7 +150,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as error:
         if isinstance(error.__context__, Interrupted):  # one more Ctrl-C, on the way from there to here
             _leave(error.__context__)
-        _fail("interrupted; nothing was left half-written", 130)
+        _fail(INTERRUPTED, 130)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         sys.stderr.close()
         sys.exit(0)
@@ -159,6 +160,10 @@ def run(main: Callable[[], int | None]) -> None:
                 f"{error.filename or 'the disk'}: {error.strerror}; free some space or choose another folder",
                 StorageError.exit_code,
             )
+        raise
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps what is raised in a __set_name__, as at imports
+            _fail(INTERRUPTED, 130)
         raise
 
 

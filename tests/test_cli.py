@@ -47,3 +47,24 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert cli.parse(Config, "", ["--config", str(tmp_path / "run.yaml")]) == config
     cli.save(Config(), str(tmp_path / "none.yaml"))
     assert cli.parse(Config, "", ["--config", str(tmp_path / "none.yaml")]) == Config()
+
+
+def test_an_interruption_that_python_wrapped_is_one_still(capsys):
+    """Python 3.11 does where it comes while a class is made: in the middle of an import, say."""
+
+    class Interrupted:
+        def __set_name__(self, owner, name):
+            raise KeyboardInterrupt
+
+    def main():
+        type("Imported", (), {"field": Interrupted()})
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main)
+    assert left.value.code == 130
+    assert capsys.readouterr().err == f"error: {cli.INTERRUPTED}\n"
+
+
+def test_another_error_of_the_same_kind_is_shown_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^other$"):
+        cli.run(lambda: (_ for _ in ()).throw(RuntimeError("other")))

@@ -6,6 +6,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -18,12 +20,12 @@ import torch.nn.functional as F
 from conftest import TEXTS, write_jsonl
 
 from etude.chat import ChatFormat, EncodedChat
-from etude.data import sft, tokens
+from etude.data import encoding, sft, tokens
 from etude.data.batches import Batches, as_tensors, micro_batches, shuffled
 from etude.data.pretrain import PretrainBlocks, prepare_pretrain
 from etude.data.sft import SFTRows, cut, pack, prepare_sft, read_conversation
 from etude.data.tokens import StoreWriter, TokenStore
-from etude.errors import DataError
+from etude.errors import DataError, MismatchError
 from etude.losses import IGNORED, causal_lm_loss
 from etude.model.transformer import Etude
 from etude.tokenizer import Tokenizer, train_tokenizer
@@ -141,7 +143,7 @@ def texts_in(store: TokenStore, tokenizer) -> list[str]:
 
 
 def test_documents_are_stored_each_with_its_end(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 100)
     texts = [*TEXTS, "<|endoftext|> and <|im_end|> typed by somebody", " spaces \n", "e\u0301"]
     path = write_jsonl(tmp_path / "a.jsonl", ({"text": text} for text in texts))
     train, val = prepared(path, tokenizer, tmp_path, val_fraction=0)
@@ -149,6 +151,35 @@ def test_documents_are_stored_each_with_its_end(tmp_path, tokenizer, monkeypatch
     assert val.documents == 0 and len(val) == 0
     assert train.text_bytes == sum(len(text.encode("utf-8")) for text in texts)
     assert train.supervised == len(train) == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+
+
+def test_processes_write_the_store_that_threads_write(tmp_path, tokenizer, text_file, monkeypatch):
+    monkeypatch.setattr(encoding, "WORKER_CHARACTERS", 500)
+    threads = [store.info for store in prepared(text_file, tokenizer, tmp_path / "threads", val_fraction=0.3)]
+    processes = [store.info for store in prepared(text_file, tokenizer, tmp_path / "processes", val_fraction=0.3, workers=2)]
+    assert threads == processes and all(info["documents"] > 20 for info in threads)
+
+
+def test_processes_answer_for_the_tokenizer_that_was_asked_for(tmp_path, text_file):
+    tokenizer = train_tokenizer(TEXTS * 3, tmp_path / "tokenizer", 300)
+    train_tokenizer(TEXTS * 3, tmp_path / "other", 310)
+    shutil.copy(tmp_path / "other/tokenizer.json", tmp_path / "tokenizer/tokenizer.json")
+    with pytest.raises(MismatchError, match="tokenizer has changed while it was at work"):
+        prepared(text_file, tokenizer, tmp_path, workers=2)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
+
+
+@pytest.mark.parametrize("size, asked, cores, found", [
+    (10**6, 0, 16, 1), (10**8, 0, 16, 16), (10**8, 0, 2, 1), (10**9, 0, 200, 32), (10**9, 1, 16, 1), (1, 3, 2, 3),
+])  # fmt: skip
+def test_processes_tokenise_where_they_pay(size, asked, cores, found, monkeypatch):
+    monkeypatch.setattr(encoding, "cores", lambda: cores)
+    assert encoding.workers_for(size, asked) == found
+
+
+def test_what_processes_import_is_light():
+    heavy = "import etude.data.encoding, sys; print({'torch', 'transformers'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_tokenising_is_done_once_and_again_when_anything_changes(tmp_path, tokenizer, text_file, capsys):
@@ -179,7 +210,7 @@ def test_tokenising_is_done_once_and_again_when_anything_changes(tmp_path, token
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DataError, OSError])
 def test_an_interrupted_build_leaves_nothing(tmp_path, tokenizer, text_file, monkeypatch, error):
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 500)
     whole, calls = tokenizer.encode_batch, []
 
     def failing(texts):

@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from etude.errors import MismatchError, UsageError
 from etude.llama import config_to_hf
@@ -481,3 +484,34 @@ def test_fan_in_keeps_what_enters_a_layer_its_size_and_lets_no_layer_write_yet(t
             assert weight.std().item() == pytest.approx(std, rel=0.02), name
     ids = torch.arange(20)[None]
     assert torch.equal(model.hidden(ids), model.norm(model.embed_tokens(ids)))
+
+
+FIRST_CALLS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sizes = {}
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__.rstrip("_")
+        if isinstance(arguments[0] if arguments else None, torch.Tensor):
+            sizes.setdefault(name, arguments[0].numel())
+        return function(*arguments, **(keywords or {}))
+
+with Watch():
+    from etude.losses import causal_lm_loss
+    from etude.model.config import EtudeConfig
+    from etude.model.transformer import Etude
+
+    model = Etude(EtudeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64))
+    ids = torch.arange(64)[None]
+    causal_lm_loss(model, {"ids": ids, "labels": ids}).sum.backward()
+print({name: sizes[name] for name in ("cos", "sin", "exp")})
+"""
+
+
+def test_elementary_functions_are_called_by_one_thread_before_many_ask():
+    """MKL may otherwise give a thread a kernel of low accuracy, in one process of some twenty."""
+    told = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert told.strip() == "{'cos': 1, 'sin': 1, 'exp': 1}"

@@ -60,7 +60,9 @@ def main() -> None:
         )
 
     if config.text:
-        store, _ = prepare_pretrain(config.text, tokenizer, text_key=config.text_key, text_unit=config.text_unit, **keep)
+        store, _ = prepare_pretrain(
+            config.text, tokenizer, text_key=config.text_key, text_unit=config.text_unit, workers=0, **keep
+        )
         measure("text", PretrainBlocks(store, block_size, tokenizer.pad_id))
     if config.conversations:
         store, _ = prepare_sft(config.conversations, tokenizer, block_size=block_size, **keep)

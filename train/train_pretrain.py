@@ -17,7 +17,7 @@ def main() -> None:
     model = pretraining_model(config, tokenizer)  # first: what it refuses should not be heard after an hour of tokenising
     train, val = prepare_pretrain(
         config.data, tokenizer, config.token_cache, config.val_data, config.val_fraction, config.seed,
-        config.text_key, config.text_unit, config.max_bad,
+        config.text_key, config.text_unit, config.max_bad, config.workers,
     )  # fmt: skip
     blocks, val_blocks = (
         PretrainBlocks(store, config.block_size, tokenizer.pad_id, config.separate_documents) for store in (train, val)

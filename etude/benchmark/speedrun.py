@@ -18,7 +18,7 @@ from etude.cli import option
 from etude.errors import UsageError
 
 # Beside what pretraining does by default (docs/performance.md).
-RECIPE: dict[str, Any] = {"warmup_fraction": 0.01, "block_size": 512, "batch_size": 128, "micro_batch_size": 64}
+RECIPE: dict[str, Any] = {"warmup_fraction": 0.01, "block_size": 512, "batch_size": 128, "micro_batch_size": 128}
 WARMUP_STEPS, TIMED_STEPS = 5, 15  # before the run: to compile, and to see how long a step takes
 REVISED_EVERY = 20  # steps after which the rest of the run is estimated anew
 
@@ -76,7 +76,7 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
         max_steps=10**6,
     )
     cache = config.token_cache or folder / "cache"
-    train, val = prepare_pretrain(data, tokenizer, cache, config.val_data, 0.0 if config.val_data else 0.01)
+    train, val = prepare_pretrain(data, tokenizer, cache, config.val_data, 0.0 if config.val_data else 0.01, workers=0)
     blocks = PretrainBlocks(train, settings.block_size, tokenizer.pad_id, settings.separate_documents)
     windows = PretrainBlocks(val, settings.block_size, tokenizer.pad_id)
 

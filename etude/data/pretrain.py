@@ -11,7 +11,7 @@ import numpy as np
 
 from etude.corpus.inputs import find_files
 from etude.corpus.jsonl import Rejects, read_texts
-from etude.data import tokens
+from etude.data import encoding, tokens
 from etude.data.tokens import StoreWriter, TokenStore
 from etude.losses import IGNORED
 from etude.runlog import progress_bar
@@ -93,8 +93,12 @@ def prepare_pretrain(
     text_key: str = "text",
     text_unit: str = "line",
     max_bad: int = 0,
+    workers: int = 1,
 ) -> tuple[TokenStore, TokenStore]:
-    """Tokenise ``data`` (or find it tokenised) into a training and a validation store."""
+    """Tokenise ``data`` (or find it tokenised) into a training and a validation store.
+
+    ``workers`` processes do it, or as many as pay with 0; a script that asks for more than 1 must not do its work when it is imported.
+    """
     files, val_files = find_files(data), find_files(val_data)
     fraction = 0.0 if val_files else val_fraction
     options = {"kind": "pretrain", "fraction": fraction, "seed": seed, "text_key": text_key, "text_unit": text_unit}
@@ -106,14 +110,10 @@ def prepare_pretrain(
         for sources, is_validation in ((files, False), (val_files, True)):
             size = sum(file.stat().st_size for file in sources)
             with progress_bar("tokenising" if not is_validation else "tokenising validation data", size, "B") as bar:
-                batches = tokens.text_batches(read_texts(sources, rejects, text_key, text_unit))
-                for batch, encoded in tokens.worked_ahead(batches, tokenizer.encode_batch):
-                    for text, ids in zip(batch, encoded, strict=True):
-                        to_val = is_validation or (fraction > 0 and tokens.goes_to_validation(text, fraction, seed))
-                        size = len(text.encode("utf-8"))
-                        ids.append(tokenizer.document_end_id)
-                        (val if to_val else train).add(ids, size)
-                        bar.update(size)
+                texts = read_texts(sources, rejects, text_key, text_unit)
+                for document in encoding.documents(texts, tokenizer, fraction, seed, encoding.workers_for(size, workers)):
+                    (val if is_validation or document.held_out else train).add(document.ids, document.text_bytes)
+                    bar.update(document.text_bytes)
         train.close(rejected=rejects.reasons)
         val.close()
 

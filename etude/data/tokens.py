@@ -23,8 +23,12 @@ from etude.lock import FolderLock
 Item, Result = TypeVar("Item"), TypeVar("Result")
 FORMAT = 1  # changes when the layout does, so that older stores are made anew
 SHARD_TOKENS = 2**28  # half a GiB of uint16
-BATCH_CHARACTERS = 2_000_000  # what is tokenised at once: enough for all cores, little in memory
 AHEAD = 2  # batches that are being tokenised while one is written
+
+
+def dtype_for(vocab_size: int) -> str:
+    """What ids are kept as."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class TokenStore:
@@ -98,16 +102,16 @@ class StoreWriter:
     def __init__(self, folder: Path, vocab_size: int, masked: bool):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.masked = folder, masked
-        self.dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        self.dtype = dtype_for(vocab_size)
         self.tokens = self.supervised = self.documents = self.text_bytes = self.shards = 0
         self._digest = hashlib.sha256()
         self._starts = open(folder / "starts.bin", "wb")
         self._ids = self._masks = None
 
-    def add(self, ids: Sequence[int], text_bytes: int, mask: Sequence[bool] | None = None) -> None:
+    def add(self, ids: Sequence[int] | np.ndarray, text_bytes: int, mask: Sequence[bool] | None = None) -> None:
         """Append one document."""
         self._starts.write(np.int64(self.tokens).tobytes())
-        array = np.fromiter(ids, self.dtype, len(ids))
+        array = np.asarray(ids, self.dtype)
         mask_array = np.asarray(mask, dtype=np.uint8) if self.masked else None
         self._digest.update(len(array).to_bytes(8, "little") + array.tobytes())
         if mask_array is not None:
@@ -183,19 +187,6 @@ def goes_to_validation(text: str, fraction: float, seed: int) -> bool:
     """Whether a document is held out. It depends on the text itself, so copies of it never stand on both sides."""
     digest = hashlib.blake2b(f"{seed}\n{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def text_batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
-    """Documents in batches of about ``BATCH_CHARACTERS``, for tokenising on all cores."""
-    batch, size = [], 0
-    for _, text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def worked_ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:

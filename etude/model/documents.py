@@ -7,16 +7,17 @@ Shapes: B batch, T tokens, N = B · T, K documents of a row at most, H query hea
 """
 
 import inspect
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
+_PARAMETERS = {}
+if torch.backends.cuda.is_built():  # importing it takes a second, which a CPU's user would wait for in vain
+    with suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
-    _PARAMETERS = inspect.signature(varlen_attn).parameters
-except ImportError:
-    _PARAMETERS = {}
+        _PARAMETERS = inspect.signature(varlen_attn).parameters
 
 
 def document_mask(documents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 MULTIPLE = 16  # what the kernels want K and M to be multiples of
-SMALLEST = 2**20  # K · M: where it is less, rounding takes most of what multiplying saves (768 × 768, on an H200)
+SMALLEST = 2**19  # K · M: where it is less, rounding takes as long as multiplying saves (512 × 512, say)
 
 Rounded = tuple[Tensor, Tensor]  # a matrix in 8 bits, and what it is to be multiplied by again: (R, 1) or (), in fp32
 

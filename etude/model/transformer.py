@@ -11,11 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from etude.model.attention import Attention, Context, KVCache
 from etude.model.config import EtudeConfig
+from etude.model.cpu_math import settle_kernels
 from etude.model.documents import attends_by_document, document_mask, flat_bounds
 from etude.model.ffn import SwiGLU
 from etude.model.linear import Linear
 from etude.model.norm import RMSNorm
 from etude.model.rope import RotaryTable
+
+settle_kernels()
 
 
 class Block(nn.Module):

@@ -175,7 +175,7 @@ FREE_ON_RESUME = TOLD_BY_CONTENT | {
     "resume", "allow_mismatch", "micro_batch_size", "auto_micro_batch", "gradient_checkpointing", "epochs", "max_steps",
     "device", "compile", "deterministic", "threads", "collective_timeout", "parallel",
     "log_every", "eval_every", "max_eval_tokens", "save_every", "keep_checkpoints", "sample_every", "tracker", "max_bad",
-    "plan", "hourly_price",
+    "plan", "hourly_price", "workers",
 }  # fmt: skip
 
 
@@ -217,6 +217,7 @@ class PretrainConfig(TrainingConfig):
     init_from: str = option("", "start from the weights in this model folder (Etude's or a Llama); its shape is kept")
     text_key: str = option("text", "key of the text in .jsonl records")
     text_unit: Literal["line", "file"] = option("line", "what one document is in .txt files")
+    workers: int = option(0, "processes that tokenise (0: one a core, if there is text enough to pay for their start)")
     separate_documents: bool = option(False, "stop attention at document boundaries inside a block")
     sample_prompt: str = option("", "what printed samples begin with (default: the beginning of a validation document)")
 
@@ -249,6 +250,7 @@ class PretrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         if self.depth is not None:
             self._check_depth()
+        _at_least(self, 0, "workers")
         recipe.fill_in(self)
         super().__post_init__()
 

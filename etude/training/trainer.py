@@ -89,11 +89,13 @@ class Trainer:
         self.tokens_per_step = config.batch_size * batches.samples.block_size
         flops = model.config.training_flops_per_token(batches.samples.block_size) * self.tokens_per_step * self.steps
         self.compiled = pick_compile(config.compile, self.device, flops)
-        if self.compiled and model.fp8:
-            with suppress(ImportError, AttributeError):  # a torch that knows no such wish compiles as it sees fit
-                from etude.training.compiler import hold_long_rows
+        if self.compiled:
+            with suppress(ImportError, AttributeError):  # a torch that knows no such wishes compiles as it sees fit
+                from etude.training.compiler import hold_long_rows, keep_gradients
 
-                hold_long_rows()
+                keep_gradients()
+                if model.fp8:
+                    hold_long_rows()
         self.optimizers = [] if self.sharded else self._make_optimizers()
         wanted = config.micro_batch_size or max(1, AUTO_MICRO_BATCH_TOKENS // batches.samples.block_size)
         rows = self.processes.rows(config.batch_size)
