@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from conftest import TEXTS, write_jsonl
 
 from etude.chat import ChatFormat, EncodedChat
+from etude.corpus.workers import in_order
 from etude.data import encoding, sft, tokens
 from etude.data.batches import Batches, as_tensors, micro_batches, shuffled
 from etude.data.pretrain import PretrainBlocks, prepare_pretrain
@@ -155,12 +157,30 @@ def test_documents_are_stored_each_with_its_end(tmp_path, tokenizer, monkeypatch
 
 def test_processes_write_the_store_that_threads_write(tmp_path, tokenizer, text_file, monkeypatch):
     monkeypatch.setattr(encoding, "WORKER_CHARACTERS", 500)
+    # Not in this process while they start, or they would find nothing left to do.
+    monkeypatch.setattr(encoding, "in_order", lambda function, items, workers, meanwhile: in_order(function, items, workers))
     threads = [store.info for store in prepared(text_file, tokenizer, tmp_path / "threads", val_fraction=0.3)]
     processes = [store.info for store in prepared(text_file, tokenizer, tmp_path / "processes", val_fraction=0.3, workers=2)]
     assert threads == processes and all(info["documents"] > 20 for info in threads)
 
 
-def test_processes_answer_for_the_tokenizer_that_was_asked_for(tmp_path, text_file):
+def test_until_processes_have_started_this_one_works(tmp_path, tokenizer, text_file):
+    """So little text is done by then."""
+    threads = [store.info for store in prepared(text_file, tokenizer, tmp_path / "threads")]
+    assert threads == [store.info for store in prepared(text_file, tokenizer, tmp_path / "processes", workers=2)]
+
+    def slowly():
+        for number in range(150):
+            time.sleep(0.02)
+            yield number
+
+    here = []
+    assert list(in_order(operator.neg, slowly(), 2, meanwhile=lambda x: (here.append(x), -x)[1])) == [-x for x in range(150)]
+    assert here == list(range(len(here))) and 0 < len(here) < 150
+
+
+def test_processes_answer_for_the_tokenizer_that_was_asked_for(tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(encoding, "in_order", lambda function, items, workers, meanwhile: in_order(function, items, workers))
     tokenizer = train_tokenizer(TEXTS * 3, tmp_path / "tokenizer", 300)
     train_tokenizer(TEXTS * 3, tmp_path / "other", 310)
     shutil.copy(tmp_path / "other/tokenizer.json", tmp_path / "tokenizer/tokenizer.json")

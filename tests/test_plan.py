@@ -194,7 +194,7 @@ def synthetic(monkeypatch, fixed: float, each: float, limit: float, seconds: flo
 
     monkeypatch.setattr(Calibration, "_steps", steps)
     monkeypatch.setattr(Memory, "_limit", lambda self: int(limit))
-    monkeypatch.setattr(calibration_module, "_kibibytes", lambda path: {"VmRSS": int(fixed)})
+    monkeypatch.setattr(calibration_module, "kibibytes", lambda path: {"VmRSS": int(fixed)})
     return tried
 
 

@@ -8,7 +8,6 @@ a quarter of the text, and all of it, with the processes that help it: a flat on
 import dataclasses
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -106,32 +105,32 @@ def compare(config: DataBenchmark, folder: Path) -> dict[str, object]:
 def tokenising_peak(texts: Path, tokenizer: str | Path) -> int | None:
     """Bytes of memory that a process of its own and its helpers take at most for tokenising a file; None where that cannot be asked."""
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_tokenise_and_tell, args=(texts, tokenizer, sender))
+    process = context.Process(target=_tokenise, args=(texts, tokenizer))
     process.start()
-    sender.close()  # the process has its own: if it dies, there is nothing to wait for
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
+    peak = 0
+    while process.is_alive():
+        peak = max(peak, _resident(process.pid))
+        process.join(0.02)
+    return peak or None
 
 
-def _tokenise_and_tell(texts: Path, tokenizer: str | Path, sender) -> None:
-    from etude.data.encoding import workers_for
+def _tokenise(texts: Path, tokenizer: str | Path) -> None:
     from etude.data.pretrain import prepare_pretrain
     from etude.tokenizer import Tokenizer
-    from etude.training.calibration import resident_peak
 
     with tempfile.TemporaryDirectory() as cache:
         prepare_pretrain([str(texts)], Tokenizer(tokenizer), cache, val_fraction=0.0, workers=0)
-    workers = workers_for(texts.stat().st_size)
-    peak = resident_peak()
-    if peak and workers > 1:
-        import resource
 
-        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        peak += workers * largest  # at most: that of all at once is not told
-    sender.send(peak)
+
+def _resident(pid: int) -> int:
+    """Bytes that a process and those it started hold, shared ones counted in each; 0 where there is no /proc."""
+    from etude.training.calibration import kibibytes
+
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        children = []
+    return kibibytes(f"/proc/{pid}/status").get("VmRSS", 0) + sum(_resident(int(child)) for child in children)
 
 
 def step_seconds(config: DataBenchmark, folder: Path, tokenizer, store) -> tuple[str, dict[str, list[float]]]:

@@ -23,11 +23,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    meanwhile: Callable[[Item], Result] | None = None,
+) -> Iterator[Result]:
     """``map(function, items)`` in ``workers`` processes; 1 works in this one, 0 takes all cores.
 
     ``function`` and the items travel by pickle, so an item should be a batch worth the journey (about a MB). At most two
     batches a worker are under way, so memory does not grow with the input. Errors that ``function`` raises arrive here.
+    ``meanwhile`` does the same in this process, until the others have started.
     """
     workers = workers or cores()
     if workers == 1:
@@ -38,7 +44,12 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker)
     under_way: deque = deque()
     try:
+        with _no_interrupts():
+            starting = [pool.submit(os.getpid) for _ in range(workers if meanwhile else 0)]
         for item in items:
+            if not all(start.done() for start in starting):
+                yield meanwhile(item)
+                continue
             with _no_interrupts():
                 under_way.append(pool.submit(function, item))
             if len(under_way) >= 2 * workers:

@@ -41,12 +41,12 @@ def documents(
     texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, fraction: float, seed: int, workers: int = 1
 ) -> Iterator[Document]:
     """The documents of (place, text) pairs. ``fraction`` of them, by :func:`tokens.goes_to_validation`, are held out."""
+    here = partial(_encode, tokenizer, fraction, seed)
     if workers == 1:
-        batches = _batches(texts, BATCH_CHARACTERS)
-        encoded = (found for _, found in tokens.worked_ahead(batches, partial(_encode, tokenizer, fraction, seed)))
+        encoded = (found for _, found in tokens.worked_ahead(_batches(texts, BATCH_CHARACTERS), here))
     else:
         elsewhere = partial(_encode_elsewhere, tokenizer.folder.resolve(), tokenizer.fingerprint, fraction, seed)
-        encoded = in_order(elsewhere, _batches(texts, WORKER_CHARACTERS), workers)
+        encoded = in_order(elsewhere, _batches(texts, WORKER_CHARACTERS), workers, meanwhile=here)
     for batch in encoded:
         yield from batch
 

@@ -111,18 +111,18 @@ class Memory:
             return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
         if self.device.type != "cpu":
             return None
-        status = _kibibytes("/proc/self/status")
+        status = kibibytes("/proc/self/status")
         if "VmRSS" not in status:
             with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows knows no sysconf
                 return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             return None
-        rooms = [_kibibytes("/proc/meminfo").get("MemAvailable"), *_control_group_rooms()]
+        rooms = [kibibytes("/proc/meminfo").get("MemAvailable"), *_control_group_rooms()]
         return status["VmRSS"] + min(room for room in rooms if room is not None)
 
 
 def resident_peak() -> int | None:
     """Bytes of memory this process had at most. None where that cannot be asked."""
-    if "VmHWM" in (status := _kibibytes("/proc/self/status")):
+    if "VmHWM" in (status := kibibytes("/proc/self/status")):
         return status["VmHWM"]
     try:
         import resource
@@ -131,7 +131,7 @@ def resident_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _kibibytes(path: str) -> dict[str, int]:
+def kibibytes(path: str) -> dict[str, int]:
     """The sizes that a file of /proc tells, in bytes; none where there is no such file."""
     try:
         lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
@@ -265,7 +265,7 @@ class Calibration:
         """A CPU has no such error: the machine stands still, or the process is killed. So one row first, and then only as many as
         are to be expected to leave room.
         """
-        before = _kibibytes("/proc/self/status").get("VmRSS", 0)
+        before = kibibytes("/proc/self/status").get("VmRSS", 0)
         shape = self.trainer.model.config
         # Roughly what autograd keeps of a row; it only tells whether one can be tried at all.
         kept = 140 * shape.hidden_size * shape.num_hidden_layers * self.trainer.batches.samples.block_size
