@@ -4,8 +4,13 @@ A fast path that is wrong can look healthy: torch 2.11 compiled an earlier form 
 all zero, and it trained at full speed.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from etude.device import autocast, pick_compile, pick_precision
 from etude.losses import IGNORED, causal_lm_loss
@@ -53,6 +58,86 @@ def test_a_compiled_loss_has_the_plain_one_s_gradient(name, packed):
         assert plain.norm() > 0
         assert abs(fast_sum / plain_sum - 1) < allowed
         assert (fast - plain).norm() / plain.norm() < allowed
+
+
+REPEAT = """
+import hashlib, sys
+import numpy as np
+import torch
+from etude.data.batches import Batches
+from etude.losses import causal_lm_loss
+from etude.model.config import EtudeConfig
+from etude.model.transformer import Etude
+from etude.training.config import PretrainConfig
+from etude.training.trainer import Trainer
+
+class Blocks:
+    block_size = 256
+
+    def __len__(self):
+        return 100
+
+    def load(self, numbers):
+        ids = np.random.default_rng(0).integers(0, 4, (len(numbers), 257))
+        return {"ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+torch.manual_seed(0)
+model = Etude(EtudeConfig(vocab_size=512, hidden_size=256, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=256))
+config = PretrainConfig(output=sys.argv[1], block_size=256, batch_size=4, max_steps=9, device="cpu", compile="on")
+trainer = Trainer(config, model, None, Batches(Blocks(), 4, 0), causal_lm_loss)
+for _ in range(20):
+    trainer.gradients.compute(0, trainer.batches.at(0), 1e-3, print)
+    print(hashlib.sha256(torch.cat([g.flatten() for g in trainer.gradients.tensors()]).numpy()).hexdigest())
+    trainer.gradients.forget()
+"""
+
+
+@pytest.mark.slow
+def test_compiled_code_adds_up_the_same_bits_each_time(tmp_path):
+    """Of a few tokens that occur often, so that threads meet at their rows of the embedding. In each of two processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", REPEAT, str(tmp_path / "run")]
+    told = [subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=environment) for _ in range(2)]
+    hashes = [line for process in told for line in process.stdout.split()]
+    assert len(hashes) == 40 and len(set(hashes)) == 1
+
+
+COMPILE = """
+import torch
+from torch._dynamo.utils import counters
+from etude.device import autocast
+from etude.losses import causal_lm_loss
+from etude.model.config import EtudeConfig
+from etude.model.transformer import Etude
+from etude.training.compiler import keep_gradients
+
+keep_gradients()
+torch.manual_seed(0)
+model = Etude(EtudeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16))
+model.rotary.on(torch.device("cpu"))
+ids = torch.arange(16)[None]
+with autocast(torch.device("cpu"), "bf16"):
+    result = torch.compile(causal_lm_loss, dynamic=False)(model, {"ids": ids, "labels": ids})
+result.sum.backward()
+print(dict(counters["aot_autograd"]).get("autograd_cache_hit", 0), sum(p.grad.double().norm() for p in model.parameters()).item())
+"""
+
+
+@pytest.mark.slow
+def test_the_next_start_finds_the_gradients(tmp_path):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def start(source: str) -> tuple[str, str]:
+        told = subprocess.run(
+            [sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, check=True, env=environment
+        )
+        return tuple(told.stdout.split())
+
+    first, second = start(COMPILE), start(COMPILE)
+    assert (first[0], second[0]) == ("0", "1") and first[1] == second[1]
+    # What an autograd function does is part of the key.
+    other = start(COMPILE.replace("import torch\n", "import torch\nimport etude.losses\netude.losses.LOG2_E = 1.5\n", 1))
+    assert other[0] == "0" and other[1] != first[1]
 
 
 def test_a_cpu_compiles_only_what_is_long_and_only_where_a_compiler_works(monkeypatch):

@@ -3,9 +3,11 @@
 It has places for such wishes, but does not document them: with a torch that has moved them, asking fails. Importing this takes seconds.
 """
 
+import torch
 from torch._functorch import config as autograd_config
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
+from torch._inductor.decomposition import decompositions, fast_random_decomps
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
@@ -22,6 +24,17 @@ def keep_gradients() -> None:
     autograd_config.autograd_cache_allow_custom_autograd_functions = True
     for name in ("_enter_autocast", "_exit_autocast"):
         config.unsafe_marked_cacheable_functions[f"torch.amp.autocast_mode.{name}"] = "etude"
+
+
+def embed_in_order() -> None:
+    """From now on, have compiled code add up the embedding's gradient as code that is not compiled does: each row by one thread.
+
+    The compiler's own code has all threads of a CPU add wherever they like, in the order in which they come, so that the last bits
+    would be others each time.
+    """
+    for table in (decompositions, fast_random_decomps()):  # the second is a copy, made once
+        table.pop(torch.ops.aten.embedding_dense_backward.default, None)
+    config.unsafe_marked_cacheable_functions["etude.embed_in_order"] = "etude"  # tells such code apart in the cache
 
 
 def hold_long_rows() -> None:

@@ -91,9 +91,11 @@ class Trainer:
         self.compiled = pick_compile(config.compile, self.device, flops)
         if self.compiled:
             with suppress(ImportError, AttributeError):  # a torch that knows no such wishes compiles as it sees fit
-                from etude.training.compiler import hold_long_rows, keep_gradients
+                from etude.training.compiler import embed_in_order, hold_long_rows, keep_gradients
 
                 keep_gradients()
+                if self.device.type == "cpu":
+                    embed_in_order()
                 if model.fp8:
                     hold_long_rows()
         self.optimizers = [] if self.sharded else self._make_optimizers()
