@@ -111,7 +111,7 @@ def tokenising_peak(texts: Path, tokenizer: str | Path) -> int | None:
     while process.is_alive():
         peak = max(peak, _resident(process.pid))
         process.join(0.02)
-    return peak or None
+    return (peak or None) if process.exitcode == 0 else None
 
 
 def _tokenise(texts: Path, tokenizer: str | Path) -> None:
