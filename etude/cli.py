@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -150,7 +151,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as error:
         if isinstance(error.__context__, Interrupted):  # one more Ctrl-C, on the way from there to here
             _leave(error.__context__)
-        _fail(INTERRUPTED, 130)
+        _interrupted()
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         sys.stderr.close()
         sys.exit(0)
@@ -163,18 +164,27 @@ def run(main: Callable[[], int | None]) -> None:
         raise
     except RuntimeError as error:
         if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps what is raised in a __set_name__, as at imports
-            _fail(INTERRUPTED, 130)
+            _interrupted()
         raise
+
+
+def _interrupted() -> None:
+    _ignore("SIGINT")
+    _fail(INTERRUPTED, 130)
 
 
 def _leave(error: Interrupted) -> None:
     """End a run that was asked to stop. All is saved: asking again must not spoil the exit code that tells so."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    _ignore("SIGINT", "SIGTERM", "SIGHUP")
     if os.environ.get("RANK", "0") != "0":  # all were asked, and the first tells
         sys.exit(error.exit_code)
     _fail(error, error.exit_code)
+
+
+def _ignore(*names: str) -> None:
+    for name in names:
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _fail(message: object, exit_code: int) -> None:

@@ -7,6 +7,7 @@ import operator
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from conftest import TEXTS, write_jsonl
 
 from etude.chat import ChatFormat, EncodedChat
+from etude.corpus import workers
 from etude.corpus.workers import in_order
 from etude.data import encoding, sft, tokens
 from etude.data.batches import Batches, as_tensors, micro_batches, shuffled
@@ -179,6 +181,21 @@ def test_until_processes_have_started_this_one_works(tmp_path, tokenizer, text_f
     assert here == list(range(len(here))) and 0 < len(here) < 150
 
 
+def test_ctrl_c_while_a_pool_ends_is_answered_afterwards(monkeypatch):
+    ended = []
+    whole = workers.ProcessPoolExecutor.shutdown
+
+    def shutdown(pool, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        whole(pool, **options)
+        ended.append(True)
+
+    monkeypatch.setattr(workers.ProcessPoolExecutor, "shutdown", shutdown)
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(operator.neg, range(3), 2))
+    assert ended and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_processes_answer_for_the_tokenizer_that_was_asked_for(tmp_path, text_file, monkeypatch):
     monkeypatch.setattr(encoding, "in_order", lambda function, items, workers, meanwhile: in_order(function, items, workers))
     tokenizer = train_tokenizer(TEXTS * 3, tmp_path / "tokenizer", 300)
@@ -195,6 +212,12 @@ def test_processes_answer_for_the_tokenizer_that_was_asked_for(tmp_path, text_fi
 def test_processes_tokenise_where_they_pay(size, asked, cores, found, monkeypatch):
     monkeypatch.setattr(encoding, "cores", lambda: cores)
     assert encoding.workers_for(size, asked) == found
+
+
+def test_compressed_files_count_for_their_text(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.xz", "c.txt.zst"):
+        (tmp_path / name).write_bytes(bytes(100))
+    assert encoding.text_size(sorted(tmp_path.iterdir())) == 100 + 2 * 100 * encoding.COMPRESSION
 
 
 def test_what_processes_import_is_light():

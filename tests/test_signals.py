@@ -422,6 +422,37 @@ def test_a_script_told_to_stop_while_it_starts_leaves_nothing_half_written(token
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gap", [0.05, 0.15, 0.4])
+def test_asked_twice_while_processes_tokenise_a_script_leaves_at_once(tokenizer_folder, tmp_path, gap):
+    shutil.copytree(tokenizer_folder, tmp_path / "weight/tokenizer")
+    with open(tmp_path / "long.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(
+            json.dumps({"text": f"{number} words that are many, and not one like another. " * 40}) + "\n"
+            for number in range(40_000)
+        )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train/train_pretrain.py"), "--data", str(tmp_path / "long.jsonl"), "--workers", "2"],
+        env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(6)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(gap)
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == 130 and err.endswith(f"error: {cli.INTERRUPTED}\n") and "Traceback" not in err, err
+        assert out == "" or "tokenised" not in out  # or it was too late
+        end = time.monotonic() + SECONDS
+        with pytest.raises(ProcessLookupError):  # multiprocessing's own helper leaves a moment later
+            while time.monotonic() < end:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
 def test_a_script_asked_until_it_is_gone_leaves_with_75(tokenizer_folder, tmp_path):
     """Impatience reaches Python's own way out, too, which takes a moment after torch was imported."""
     write_texts(tmp_path / "training_data/pretrain/pretrain_hq.jsonl")

@@ -33,7 +33,7 @@ def in_order(
 
     ``function`` and the items travel by pickle, so an item should be a batch worth the journey (about a MB). At most two
     batches a worker are under way, so memory does not grow with the input. Errors that ``function`` raises arrive here.
-    ``meanwhile`` does the same in this process, until the others have started.
+    ``meanwhile`` does the same in this process, until the others begin to answer.
     """
     workers = workers or cores()
     if workers == 1:
@@ -59,7 +59,24 @@ def in_order(
     except BrokenProcessPool:
         raise DataError("a worker process ended without a word (out of memory?); try --workers 1 to see where") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with _interrupts_later():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Answer Ctrl-C afterwards: a pool whose end is interrupted waits for its workers for ever when Python ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked and callable(before):
+        before(signal.SIGINT, None)
 
 
 @contextmanager

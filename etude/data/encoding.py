@@ -5,7 +5,7 @@ which takes a tenth of that. Beside two cores that is little; beside sixteen it 
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,9 @@ from etude.data import tokens
 from etude.errors import MismatchError
 from etude.tokenizer import Tokenizer
 
-WORTH_PROCESSES = 100_000_000  # bytes of files: what takes longer than processes take to start
+WORTH_PROCESSES = 100_000_000  # bytes of text: what takes longer than processes take to start
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+COMPRESSION = 4  # bytes of text for one of such a file, about
 FEW_CORES = 4  # with less, threads are as fast
 MOST_WORKERS = 32  # of some 100 MiB each; reading is the bottleneck then
 BATCH_CHARACTERS = 2_000_000  # what is tokenised at once by threads, on all cores: little in memory
@@ -30,8 +32,13 @@ class Document(NamedTuple):
     held_out: bool  # for validation
 
 
+def text_size(files: Sequence[Path]) -> int:
+    """About how many bytes of text there are in them."""
+    return sum(file.stat().st_size * (COMPRESSION if file.suffix in COMPRESSED else 1) for file in files)
+
+
 def workers_for(size: int, workers: int = 0) -> int:
-    """How many processes shall tokenise files of ``size`` bytes: ``workers``, or with 0 what pays; 1 means threads of this one."""
+    """How many processes shall tokenise ``size`` bytes of text: ``workers``, or with 0 what pays; 1 means threads of this one."""
     if workers:
         return workers
     return min(cores(), MOST_WORKERS) if size >= WORTH_PROCESSES and cores() >= FEW_CORES else 1
@@ -39,7 +46,7 @@ def workers_for(size: int, workers: int = 0) -> int:
 
 def documents(
     texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, fraction: float, seed: int, workers: int = 1
-) -> Iterator[Document]:
+) -> Generator[Document, None, None]:
     """The documents of (place, text) pairs. ``fraction`` of them, by :func:`tokens.goes_to_validation`, are held out."""
     here = partial(_encode, tokenizer, fraction, seed)
     if workers == 1:

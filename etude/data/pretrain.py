@@ -5,6 +5,7 @@ predicts the tokens one further.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +112,11 @@ def prepare_pretrain(
             size = sum(file.stat().st_size for file in sources)
             with progress_bar("tokenising" if not is_validation else "tokenising validation data", size, "B") as bar:
                 texts = read_texts(sources, rejects, text_key, text_unit)
-                for document in encoding.documents(texts, tokenizer, fraction, seed, encoding.workers_for(size, workers)):
-                    (val if is_validation or document.held_out else train).add(document.ids, document.text_bytes)
-                    bar.update(document.text_bytes)
+                processes = encoding.workers_for(encoding.text_size(sources), workers)
+                with closing(encoding.documents(texts, tokenizer, fraction, seed, processes)) as documents:
+                    for document in documents:
+                        (val if is_validation or document.held_out else train).add(document.ids, document.text_bytes)
+                        bar.update(document.text_bytes)
         train.close(rejected=rejects.reasons)
         val.close()
 
