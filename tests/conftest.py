@@ -15,6 +15,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Scripts that end within this process leave it deaf to Ctrl-C, and with it all that later tests start."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind at all.",
     "She sells sea shells by the sea shore. 12 shells, 34 shells, 567 shells!",

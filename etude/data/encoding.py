@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from etude.corpus.streams import COMPRESSED_SUFFIXES
 from etude.corpus.workers import cores, in_order
 from etude.data import tokens
 from etude.errors import MismatchError
 from etude.tokenizer import Tokenizer
 
 WORTH_PROCESSES = 100_000_000  # bytes of text: what takes longer than processes take to start
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-COMPRESSION = 4  # bytes of text for one of such a file, about
+COMPRESSION = 4  # bytes of text for one of a compressed file, about
 FEW_CORES = 4  # with less, threads are as fast
 MOST_WORKERS = 32  # of some 100 MiB each; reading is the bottleneck then
 BATCH_CHARACTERS = 2_000_000  # what is tokenised at once by threads, on all cores: little in memory
@@ -34,7 +34,7 @@ class Document(NamedTuple):
 
 def text_size(files: Sequence[Path]) -> int:
     """About how many bytes of text there are in them."""
-    return sum(file.stat().st_size * (COMPRESSION if file.suffix in COMPRESSED else 1) for file in files)
+    return sum(file.stat().st_size * (COMPRESSION if file.suffix in COMPRESSED_SUFFIXES else 1) for file in files)
 
 
 def workers_for(size: int, workers: int = 0) -> int:

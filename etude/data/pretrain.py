@@ -109,10 +109,10 @@ def prepare_pretrain(
         train, val = (StoreWriter(folder / part, len(tokenizer), masked=False) for part in ("train", "val"))
         rejects = Rejects(max_bad)
         for sources, is_validation in ((files, False), (val_files, True)):
-            size = sum(file.stat().st_size for file in sources)
+            size = encoding.text_size(sources)
             with progress_bar("tokenising" if not is_validation else "tokenising validation data", size, "B") as bar:
                 texts = read_texts(sources, rejects, text_key, text_unit)
-                processes = encoding.workers_for(encoding.text_size(sources), workers)
+                processes = encoding.workers_for(size, workers)
                 with closing(encoding.documents(texts, tokenizer, fraction, seed, processes)) as documents:
                     for document in documents:
                         (val if is_validation or document.held_out else train).add(document.ids, document.text_bytes)
