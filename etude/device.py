@@ -1,9 +1,7 @@
 """What this machine can do: its device, the precision its hardware multiplies natively, and determinism."""
 
 import contextlib
-import ctypes
 import os
-import platform
 import sys
 
 import torch
@@ -91,20 +89,6 @@ def _cpu_compiler_works() -> bool:
     except Exception:  # no compiler, or one that does not suit: whatever it is, training goes without
         return False
     return True
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed instead of giving it back to the system, where it is glibc; otherwise do nothing.
-
-    A training step asks for the same few hundred megabytes again and again. Given back in between, they come as pages that the
-    system must clear first: a quarter of a small model's step on two cores. Memory once needed stays with the process.
-    """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return  # another allocator, or one that somebody has set already
-    mallopt = ctypes.CDLL(None).mallopt
-    if not mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: what is smaller comes from the heap
-        mallopt(-3, 2**25)  # the most that an older glibc takes
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: so much may lie unused at the heap's end
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

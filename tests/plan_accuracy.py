@@ -163,8 +163,8 @@ def run(of: Case, device: str) -> dict[str, float]:
     """What a run takes."""
     import torch
 
+    from etude.memory import resident_peak
     from etude.runlog import read_metrics
-    from etude.training.calibration import resident_peak
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(of, device, STEPS[device], folder)

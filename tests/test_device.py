@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from etude.device import keep_freed_memory
+from etude.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 

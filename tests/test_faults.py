@@ -17,7 +17,7 @@ from test_trainer import asking_to_stop, assert_same, in_child, make, metrics, n
 from etude.errors import DataError, Interrupted, MismatchError, StorageError, UsageError, VerificationError
 from etude.lock import FolderLock
 from etude.losses import IGNORED, Loss, causal_lm_loss
-from etude.training import checkpoint, trainer
+from etude.training import checkpoint, resume, trainer
 
 # ---- two runs, one folder -----------------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_reach_it(ma
     make("plain", **settings).run()
     blocked = Blocked(monkeypatch)
     run = make("run", **settings)
-    step = run._optimizer_step
+    step = run.optimizer_step
 
     def going_on(batch):
         if run.step == 5:  # two updates after the copy was taken
@@ -106,7 +106,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_reach_it(ma
             blocked.gate.set()
         return step(batch)
 
-    run._optimizer_step = going_on
+    run.optimizer_step = going_on
     run.run()
     for number in (3, 6):
         old, new = (checkpoint.load(tmp_path / name / f"checkpoints/step-{number:08d}") for name in ("plain", "run"))
@@ -122,9 +122,9 @@ def test_killed_while_a_checkpoint_is_under_way_the_one_before_it_is_loaded(make
 
     def body():
         run = make("run", **settings)
-        step, write = run._optimizer_step, checkpoint.write
+        step, write = run.optimizer_step, checkpoint.write
         checkpoint.write = lambda *arguments: time.sleep(30) if run.step >= 4 else write(*arguments)
-        run._optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
+        run.optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
         run.run()
 
     assert in_child(body) == -signal.SIGKILL
@@ -343,7 +343,7 @@ def test_going_back_from_spikes_equals_having_known_them_from_the_start(make, tm
     assert "back to step 20 (1 of at most 2), without its samples: row " in printed and "back to step 30 (2 of" in printed
 
     knowing = spiking(make("knowing", rewind_on_spike=2, **LONG), 28, 33, factor=factor)
-    knowing._leave_out([dict(entry) for entry in quarantine])
+    knowing.leave_out([dict(entry) for entry in quarantine])
     knowing.run()
     assert "back to step" not in capsys.readouterr().out
     assert_same(tmp_path / "knowing", outcome(tmp_path / "rewound"))
@@ -356,7 +356,7 @@ def test_documents_in_quarantine_teach_nothing_from_then_on(make):  # noqa: F811
     number = run.batches.numbers(20)[0]
     again = next(step for step in range(21, 40) if number in run.batches.numbers(step))
     plain = [run.batches.at(step)["labels"] for step in (20, again)]
-    run._leave_out([{"step": 20, "documents": [2 * number + 1]}])
+    run.leave_out([{"step": 20, "documents": [2 * number + 1]}])
     before, after = (run.batches.at(step)["labels"] for step in (20, again))
     row = run.batches.numbers(again).index(number)
     assert torch.equal(before, plain[0]) and (after[row] == IGNORED).all() and (plain[1][row] != IGNORED).any()
@@ -370,14 +370,14 @@ def test_killed_after_going_back_a_run_ends_the_same(make, tmp_path):  # noqa: F
 
     def body(step):
         run = spiking(make("killed", **settings), 28)
-        optimizer_step = run._optimizer_step
+        optimizer_step = run.optimizer_step
 
         def dying(batch):
             if run.step == step and (step < 24 or run.spikes.quarantine):
                 os.kill(os.getpid(), signal.SIGKILL)
             return optimizer_step(batch)
 
-        run._optimizer_step = dying
+        run.optimizer_step = dying
         run.run()
 
     for step in (23, 25, 33):
@@ -390,7 +390,7 @@ def test_a_spike_before_the_first_checkpoint_goes_back_to_the_beginning(make, tm
     settings = {"rewind_on_spike": 1, **LONG}
     spiking(make("rewound", **settings), 3, factor=float("nan")).run()
     knowing = make("knowing", **settings)
-    knowing._leave_out(checkpoint.newest_good(tmp_path / "rewound").state["spikes"]["quarantine"])
+    knowing.leave_out(checkpoint.newest_good(tmp_path / "rewound").state["spikes"]["quarantine"])
     knowing.run()
     assert_same(tmp_path / "knowing", outcome(tmp_path / "rewound"))
 
@@ -428,15 +428,16 @@ def test_with_a_gradient_scaler_spikes_are_answered_too(make, tmp_path, option, 
     assert found["skipped" if option == "skip_spikes" else "quarantine"]
 
 
-def test_from_a_checkpoint_of_elsewhere_a_run_goes_back_to_that_and_no_other(make, tmp_path):  # noqa: F811
+def test_from_a_checkpoint_of_elsewhere_a_run_goes_back_to_that_and_no_other(make, tmp_path, monkeypatch):  # noqa: F811
     settings = {"rewind_on_spike": 1, **LONG}
     for name, step, rate in (("a", 12, 0.02), ("b", 4, 0.001)):  # the second is an older, unrelated run's folder
         with pytest.raises(Interrupted):
             make(name, loss=asking_to_stop(step), learning_rate=rate, **settings).run()
     start = checkpoint.newest_good(tmp_path / "a").path
     run = spiking(make("b", resume=str(start), **settings), 19, factor=float("nan"))
-    taken, take = [], run._take
-    run._take = lambda found: (taken.append((found.step, found.state["identity"]["learning_rate"])), take(found))
+    taken, take = [], resume.take
+    told = lambda run, found: (taken.append((found.step, found.state["identity"]["learning_rate"])), take(run, found))  # noqa: E731
+    monkeypatch.setattr(resume, "take", told)
     run.run()
     assert taken == [(12, 0.02), (12, 0.02)]
 
@@ -453,8 +454,8 @@ def test_a_validation_that_was_made_up_for_is_so_after_going_back_as_well(make, 
     monkeypatch.setattr(trainer, "evaluate_loss", evaluate)
     assert checkpoint.newest_good(tmp_path / "run").state["validation_pending"]
     again = spiking(make("run", **settings), 28)
-    step = again._optimizer_step
-    again._optimizer_step = lambda batch: (again.step == 32 and os.kill(os.getpid(), signal.SIGTERM), step(batch))[1]
+    step = again.optimizer_step
+    again.optimizer_step = lambda batch: (again.step == 32 and os.kill(os.getpid(), signal.SIGTERM), step(batch))[1]
     with pytest.raises(Interrupted):
         again.run()
     assert not checkpoint.newest_good(tmp_path / "run").state["validation_pending"]

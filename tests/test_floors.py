@@ -12,7 +12,7 @@ from conftest import ROOT
 FLOORS = [
     ["paths", "errors", "cli", "terminal", "runlog", "files", "lock"],
     ["corpus", "model"],
-    ["device", "parallel", "tokenizer", "chat", "weights", "losses"],
+    ["device", "memory", "parallel", "tokenizer", "chat", "weights", "losses"],
     ["llama"],
     ["data", "generation", "export"],
     ["evaluation"],

@@ -108,7 +108,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(model, trainer_of)
     wanted, whole = gradients(model, mean), None
     for size in (None, ROWS, *range(1, ROWS), 100):
         trainer, given = trainer_of(rows, size)
-        metrics = trainer._optimizer_step(batch)
+        metrics = trainer.optimizer_step(batch)
         whole = whole or given[0]
         assert_equal(given[0], whole, 1e-10)
         assert_equal(given[0], wanted, 1e-6)  # the one factor that all share is in fp32
@@ -122,9 +122,9 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(model, trainer_of)
 def test_no_gradient_is_left_over_from_the_step_before(model, trainer_of, size):
     first, second = Rows().whole(), Rows(seed=1).whole()
     trainer, given = trainer_of(Rows(), size)
-    trainer._optimizer_step(first)
+    trainer.optimizer_step(first)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
-    trainer._optimizer_step(second)
+    trainer.optimizer_step(second)
     assert_equal(given[1], gradients(model, reference_loss(model, second)), 1e-6)
 
 
@@ -132,7 +132,7 @@ def test_micro_batches_without_a_supervised_token_change_nothing(model, trainer_
     rows, padded = Rows(), Rows((*SUPERVISED, 0, 0, 0))
     padded.ids[:ROWS], padded.labels[:ROWS] = rows.ids, rows.labels
     trainer, given = trainer_of(padded, 1)
-    trainer._optimizer_step(padded.whole())
+    trainer.optimizer_step(padded.whole())
     assert_equal(given[0], gradients(model, reference_loss(model, rows.whole())), 1e-6)
 
 
@@ -140,7 +140,7 @@ def test_a_batch_with_nothing_to_learn_is_refused_and_touches_no_weight(model, t
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer, given = trainer_of(Rows((0,) * ROWS), 2)
     with pytest.raises(VerificationError, match=r"step 1: no supervised token; .*row \d") as error:
-        trainer._optimizer_step(trainer.batches.at(0))
+        trainer.optimizer_step(trainer.batches.at(0))
     assert error.value.exit_code == 70 and not given
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

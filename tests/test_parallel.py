@@ -113,8 +113,8 @@ def test_a_run_goes_on_with_another_number_of_processes(make, tmp_path, first): 
 
     def killed(rank):
         run = make("run", **settings)
-        step = run._optimizer_step
-        run._optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
+        step = run.optimizer_step
+        run.optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
         run.run()
 
     assert set(in_processes(first, killed)) == {-signal.SIGKILL}
@@ -164,8 +164,8 @@ def test_a_process_that_hangs_is_named_and_the_others_leave(make, tmp_path, capf
 
     def body(rank):
         run = make("run", **settings)
-        step = run._optimizer_step
-        run._optimizer_step = lambda batch: time.sleep(300) if rank == lost and run.step == 5 else step(batch)
+        step = run.optimizer_step
+        run.optimizer_step = lambda batch: time.sleep(300) if rank == lost and run.step == 5 else step(batch)
         run.run()
 
     codes = in_processes(2, body, seconds=5)
@@ -181,8 +181,8 @@ def test_a_process_that_dies_is_told_by_the_others_and_nothing_is_lost(make, tmp
 
     def body(rank):
         run = make("run", **settings)
-        step = run._optimizer_step
-        run._optimizer_step = lambda batch: os._exit(1) if rank == 1 and run.step == 5 else step(batch)
+        step = run.optimizer_step
+        run.optimizer_step = lambda batch: os._exit(1) if rank == 1 and run.step == 5 else step(batch)
         run.run()
 
     assert in_processes(2, body, seconds=30) == [75, 1]

@@ -11,12 +11,14 @@ from plan_accuracy import Case, ask, case
 from test_scripts import call, home, refused, with_model, with_tokenizer, write_chats, write_texts  # noqa: F401
 from test_trainer import Rows, assert_same, in_child, make, no_waiting, one_thread, outcome  # noqa: F401
 
+from etude import memory as memory_module
 from etude.device import pick_compile
 from etude.errors import UsageError, VerificationError
+from etude.memory import Memory
 from etude.runlog import read_metrics
 from etude.training import calibration as calibration_module
 from etude.training import plan as plan_module
-from etude.training.calibration import Calibration, Line, Measured, Memory, left_as_it_was
+from etude.training.calibration import Calibration, Line, Measured, left_as_it_was
 from etude.training.config import FREE_ON_RESUME, PretrainConfig
 from etude.training.optim import AdamW
 from etude.training.plan import make_plan, print_plan, told
@@ -326,7 +328,7 @@ def test_memory_is_seen_and_forgotten():
 
 
 def test_where_memory_cannot_be_watched_few_rows_are_tried_and_the_plan_says_so(make, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(calibration_module, "resident_peak", lambda: None)
+    monkeypatch.setattr(memory_module, "resident_peak", lambda: None)
     trainer = make("run", batch_size=64, micro_batch_size=64)
     plan = make_plan(trainer)
     assert plan.fits is None and plan.peak is None and plan.largest is None and plan.step_seconds
@@ -336,8 +338,8 @@ def test_where_memory_cannot_be_watched_few_rows_are_tried_and_the_plan_says_so(
 
 def test_a_peak_that_was_higher_before_and_cannot_be_forgotten_is_not_known(monkeypatch):
     values = iter([100, 100, 200, 300])
-    monkeypatch.setattr(calibration_module, "resident_peak", lambda: next(values))
-    monkeypatch.setattr(calibration_module.Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(memory_module, "resident_peak", lambda: next(values))
+    monkeypatch.setattr(memory_module.Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError()))
     memory = Memory(torch.device("cpu"))
     memory.reset()
     assert memory.peak() is None
@@ -351,7 +353,7 @@ def test_a_container_s_limit_counts(tmp_path):
         for name, value in zip((limit, usage, "memory.stat"), values, strict=True):
             (folder / name).write_text(f"{reclaimable} {value}\n" if name == "memory.stat" else f"{value}\n")
 
-    rooms = calibration_module._control_group_rooms
+    rooms = memory_module._control_group_rooms
     assert list(rooms(str(tmp_path))) == []
     group(tmp_path, "memory.max", "memory.current", "inactive_file", ("max", 5, 1))
     group(tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", (100, 70, 20))

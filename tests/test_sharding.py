@@ -117,8 +117,8 @@ def test_divided_runs_that_are_killed_and_stopped_end_as_if_they_had_not_been(ma
 
     def killed(rank):
         run = make("run", **settings)
-        step = run._optimizer_step
-        run._optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
+        step = run.optimizer_step
+        run.optimizer_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if run.step == 5 else step(batch)
         run.run()
 
     assert set(in_processes(2, killed)) == {-signal.SIGKILL}

@@ -83,7 +83,7 @@ PHASES = {  # by a function that is on the stack
     "generate": "sampling",
     "Trainer._save": "saving",
     "causal_lm_loss": "in a micro-batch",
-    "Trainer._optimizer_step": "in a step",
+    "Trainer.optimizer_step": "in a step",
 }
 
 
@@ -118,7 +118,7 @@ class Calls:
         self.callers, self.phases, self.steps = [], [], []  # of each call: who calls, the phase, the steps begun until then
         steps, phase_outside = 0, "starting"
         for names in json.loads(stacks.read_text()):
-            steps += names[0] == "Trainer._optimizer_step"
+            steps += names[0] == "Trainer.optimizer_step"
             inside = [phase for name, phase in PHASES.items() if name in names]
             if inside == ["in a step"] and steps == 1:
                 inside = ["in the first step"]
@@ -235,7 +235,7 @@ def test_one_more_ctrl_c_on_the_way_out_does_not_spoil_the_exit_code(train, tmp_
     """After the checkpoint is on the disk and the handlers are the old ones again."""
 
     def body():
-        where = ("Trainer._optimizer_step", "FolderLock.__exit__")
+        where = ("Trainer.optimizer_step", "FolderLock.__exit__")
         at_each_call(lambda number, frame: frame.f_code.co_qualname in where and os.kill(os.getpid(), signal.SIGINT))
         train("run")
 
@@ -275,13 +275,13 @@ def train_slowly(train, monkeypatch):
     """``train`` with steps long enough to be met in the middle; what is computed is the same."""
     from etude.training import trainer
 
-    step = trainer.Trainer._optimizer_step
+    step = trainer.Trainer.optimizer_step
 
     def slow(self, batch):
         time.sleep(0.1)
         return step(self, batch)
 
-    monkeypatch.setattr(trainer.Trainer, "_optimizer_step", slow)
+    monkeypatch.setattr(trainer.Trainer, "optimizer_step", slow)
     return train
 
 

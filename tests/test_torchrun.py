@@ -43,7 +43,7 @@ def note(kind, value):
 note("pid", os.getpid())
 if attempt == 0 and "DIES" in os.environ:
     from etude.training import checkpoint, trainer
-    step, write = trainer.Trainer._optimizer_step, checkpoint.write
+    step, write = trainer.Trainer.optimizer_step, checkpoint.write
 
     def deadly(self, batch):
         if rank == int(os.environ["DIES"]) and self.step == 90:
@@ -56,7 +56,7 @@ if attempt == 0 and "DIES" in os.environ:
             time.sleep(3)  # still at it, and holding the folder's lock, when the other one dies
         return write(run, taken, *others)
 
-    trainer.Trainer._optimizer_step, checkpoint.write = deadly, slowly
+    trainer.Trainer.optimizer_step, checkpoint.write = deadly, slowly
 if attempt == 1 and rank == 0:
     time.sleep(3)  # so the other one comes first, and must not take a dead process's address for this one's
 sys.argv = sys.argv[1:]

@@ -25,7 +25,7 @@ from etude.device import pick_precision
 from etude.errors import DataError, EtudeError, Interrupted, MismatchError, UsageError, VerificationError
 from etude.losses import IGNORED, Loss, causal_lm_loss
 from etude.runlog import RunLog, read_metrics
-from etude.training import checkpoint, trainer
+from etude.training import checkpoint, resume, trainer
 from etude.training.config import PretrainConfig
 from etude.training.optim import lr_at, make_optimizers, momentum_at
 from etude.training.start import pretraining_model
@@ -321,7 +321,7 @@ def test_a_finished_run_says_so_and_changes_nothing(make, tmp_path, capsys):
     before = contents(tmp_path / "run")
     capsys.readouterr()
     run = make("run")
-    run._optimizer_step = None  # not one step
+    run.optimizer_step = None  # not one step
     run.run()
     assert "complete" in capsys.readouterr().out
     assert contents(tmp_path / "run") == before
@@ -423,7 +423,7 @@ def test_a_named_checkpoint_is_taken_exactly_or_not_at_all(make, tmp_path):
     reference = outcome(tmp_path / "reference")
     third = tmp_path / "reference" / "checkpoints" / "step-00000003"
     run = make("run", resume=str(third))
-    run._resume()
+    resume.go_on(run)
     assert run.step == 3
     make("run", resume=str(third)).run()
     assert_same(tmp_path / "run", {name: reference[name] for name in ("tensors", "model.safetensors")})
@@ -698,7 +698,7 @@ def test_each_kind_of_weight_may_have_a_rate_of_its_own(make, kind):
         warmup_fraction=0.5,
         **own,
     )
-    run._optimizer_step(run.batches.at(0))  # half way up
+    run.optimizer_step(run.batches.at(0))  # half way up
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     rates = {names[p]: group["lr"] for o in run.optimizers for group in o.param_groups for p in group["params"]}
     for name, rate in rates.items():
@@ -715,7 +715,7 @@ def test_muon_s_momentum_rises(make):
     assert momentum_at(0, PretrainConfig(momentum=0.95, momentum_warmup=0)) == 0.95
     assert momentum_at(3, PretrainConfig(momentum=0.5, momentum_warmup=10)) == 0.5
     run = make("run", optimizer="muon", momentum_warmup=4, max_steps=4)
-    run._optimizer_step(run.batches.at(0))
+    run.optimizer_step(run.batches.at(0))
     assert run.optimizers[1].param_groups[0]["momentum"] == 0.85
 
 
@@ -786,13 +786,13 @@ def test_metrics_are_one_json_object_a_line_with_the_numbers_of_a_step(make, tmp
     assert [record["tokens"] for record in steps] == [step * 5 * Rows.block_size for step in (3, 6, 8)]
 
 
-def test_nothing_here_needs_the_trainer_to_hold_more_than_one_batch_ahead(make):
+def test_nothing_here_needs_the_trainer_to_hold_more_than_one_batch_ahead(make, monkeypatch):
     """The batches are asked for once each, in order: resuming at step k reads none before k."""
     run = make("run", max_steps=5)
     asked, at = [], run.batches.at
     run.batches.at = lambda step: (asked.append(step), at(step))[1]
     run.step = 2
-    run._resume = lambda: ""
+    monkeypatch.setattr(resume, "go_on", lambda run: "")
     run.run()
     assert asked == [2, 3, 4]
     assert isinstance(run.batches.at(0)["ids"], Tensor) and trainer.AUTO_MICRO_BATCH_TOKENS > 0

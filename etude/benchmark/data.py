@@ -124,7 +124,7 @@ def _tokenise(texts: Path, tokenizer: str | Path) -> None:
 
 def _resident(pid: int) -> int:
     """Bytes that a process and those it started hold, shared ones counted in each; 0 where there is no /proc."""
-    from etude.training.calibration import kibibytes
+    from etude.memory import kibibytes
 
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -166,11 +166,11 @@ def step_seconds(config: DataBenchmark, folder: Path, tokenizer, store) -> tuple
                 batch = upcoming.result()
                 trainer.step += 1
                 upcoming = loader.submit(batches.at, trainer.step)
-                trainer._optimizer_step(batch)
+                trainer.optimizer_step(batch)
 
     def having() -> None:
         for _ in range(config.steps):
-            trainer._optimizer_step(there)
+            trainer.optimizer_step(there)
 
     for steps in (reading, having):  # compiles, too
         steps()

@@ -206,7 +206,7 @@ def make_programs(config: SFTBenchmark, packed: tuple, padded: tuple) -> dict[st
         batches = itertools.chain(first, itertools.cycle(again))
 
         def step() -> tuple:
-            measured = trainer._optimizer_step(next(batches)[0])
+            measured = trainer.optimizer_step(next(batches)[0])
             return measured["loss"], measured["grad_norm"]
 
         return program(step, first, again)

@@ -91,7 +91,7 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
         if step == WARMUP_STEPS:
             wait(trainer.device)
             timed = time.perf_counter()
-        trainer._optimizer_step(trainer.batches.at(step))
+        trainer.optimizer_step(trainer.batches.at(step))
     wait(trainer.device)
     rate = TIMED_STEPS / (time.perf_counter() - timed)
     warmup = time.perf_counter() - started
@@ -113,7 +113,7 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
         "precision": trainer.precision + (", compiled" if trainer.compiled else ""),
         "exports as": "Qwen3" if trainer.model.config.qk_norm else "Llama",
         "settings that differ": config.settings or "none",
-        "val bits per byte": round(trainer._bits_per_byte(result), 4),
+        "val bits per byte": round(trainer.bits_per_byte(result), 4),
         "val loss": round(result.loss, 4),
         "seconds of steps": round(seconds, 1),
         "seconds before, not counted": round(warmup, 1),
@@ -148,7 +148,7 @@ def _train(trainer, budget: float, rate: float) -> float:
                     rate = (trainer.step - first[1]) / (passed - first[0])
                     trainer.steps = trainer.step + max(1, round((budget - passed) * rate))
             upcoming.append(loader.submit(trainer.batches.at, trainer.step + 2))
-            trainer._optimizer_step(upcoming.pop(0).result())
+            trainer.optimizer_step(upcoming.pop(0).result())
             trainer.step += 1
         wait(trainer.device)
         return time.perf_counter() - started

@@ -136,7 +136,7 @@ def etude_step(config: TrainBenchmark, folder: str):
     counter = iter(range(10**9))
 
     def step() -> tuple:
-        measured = trainer._optimizer_step(batches[next(counter) % 4])
+        measured = trainer.optimizer_step(batches[next(counter) % 4])
         return measured["loss"], measured["grad_norm"]
 
     return step, trainer, batches

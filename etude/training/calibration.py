@@ -6,21 +6,18 @@ row, so two sizes tell what any other takes, and which is the largest that fits.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
-import os
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from etude.errors import UsageError
+from etude.memory import Memory, kibibytes, trim
 from etude.training.gradients import is_out_of_memory
 from etude.training.health import Health
 from etude.training.spikes import Spikes
@@ -71,87 +68,6 @@ class Line:
 
     def at(self, rows: float) -> float:
         return self.fixed + self.each * rows
-
-
-# -- memory -------------------------------------------------------------------------------------------------------------------
-
-
-class Memory:
-    """The memory that a device computes in: how much of it this process has at its peak, and how much it could have.
-
-    Of a GPU it is what the tensors take (the caching allocator gives back what it holds beyond that before it fails); of a CPU
-    the resident memory of the process, Python and libraries included.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.limit = self._limit()
-        self._before = 0  # bytes of a peak that could not be forgotten
-
-    def reset(self) -> None:
-        """Forget the peak so far."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif self.device.type == "cpu":
-            _trim()  # a trainer has it kept
-            self._before = resident_peak() or 0
-            with contextlib.suppress(OSError):  # Linux alone can forget it
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-                self._before = 0
-
-    def peak(self) -> int | None:
-        """Bytes at the peak since :meth:`reset`. None where that cannot be known."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        peak = resident_peak() if self.device.type == "cpu" else None
-        return peak if peak is not None and peak > self._before else None
-
-    def _limit(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        if self.device.type != "cpu":
-            return None
-        status = kibibytes("/proc/self/status")
-        if "VmRSS" not in status:
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows knows no sysconf
-                return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            return None
-        rooms = [kibibytes("/proc/meminfo").get("MemAvailable"), *_control_group_rooms()]
-        return status["VmRSS"] + min(room for room in rooms if room is not None)
-
-
-def resident_peak() -> int | None:
-    """Bytes of memory this process had at most. None where that cannot be asked."""
-    if "VmHWM" in (status := kibibytes("/proc/self/status")):
-        return status["VmHWM"]
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def kibibytes(path: str) -> dict[str, int]:
-    """The sizes that a file of /proc tells, in bytes; none where there is no such file."""
-    try:
-        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return {}
-    words = (line.split() for line in lines)
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in words if len(line) == 3 and line[2] == "kB"}
-
-
-def _control_group_rooms(root: str = "/sys/fs/cgroup") -> Iterator[int]:
-    """What a container's limits leave, in bytes: of control groups version 2 and 1."""
-    names = (
-        (Path(root), "memory.max", "memory.current", "inactive_file"),
-        (Path(root, "memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    )
-    for folder, limit, usage, reclaimable in names:
-        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
-            most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
-            details = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-            yield max(0, most - now + int(details.get(reclaimable, 0)))
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------------------
@@ -207,13 +123,7 @@ def _forget(trainer: Trainer) -> None:
         optimizer.state.clear()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
-    _trim()
-
-
-def _trim() -> None:
-    """Give back what the C library keeps of freed memory, which would count in the next peak."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone can
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
 
 
 @dataclass(frozen=True)
@@ -366,7 +276,7 @@ class Calibration:
             self.memory.reset()
         started = time.perf_counter()
         with _with(self.trainer.gradients, compute=watched):
-            self.trainer._optimizer_step(batch)
+            self.trainer.optimizer_step(batch)
         self._wait()
         ended = time.perf_counter()
         ((between, peak, resumed),) = reached
@@ -378,7 +288,7 @@ class Calibration:
         self._wait()
         started = time.perf_counter()
         for number in range(count):
-            self.trainer._optimizer_step(batches[number % len(batches)])
+            self.trainer.optimizer_step(batches[number % len(batches)])
         self._wait()
         return (time.perf_counter() - started) / count
 

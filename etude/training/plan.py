@@ -15,6 +15,7 @@ from etude.device import peak_flops
 from etude.errors import UsageError
 from etude.evaluation import evaluate_loss
 from etude.runlog import duration
+from etude.training import report
 from etude.training.calibration import Calibration, Measured, left_as_it_was
 from etude.training.trainer import Trainer
 
@@ -61,7 +62,7 @@ class Plan:
 def print_plan(trainer: Trainer) -> None:
     """Print what ``trainer.run()`` is going to take. Raises :class:`UsageError` where several processes are to train."""
     _require_one_process(trainer)
-    trainer._print_header("")
+    print(report.header(trainer))
     compiling = ", besides compiling twice" if trainer.compiled else ""
     print(f"plan      measuring steps: about a minute{compiling}; nothing is trained or written", flush=True)
     for line in told(make_plan(trainer), trainer):
@@ -140,7 +141,7 @@ def _foretold(trainer: Trainer, calibration: Calibration) -> Plan:
         mfu=mfu,
         seconds=seconds,
         checkpoint_bytes=checkpoint_bytes,
-        disk=min(config.keep_checkpoints, _times(trainer.steps, trainer._intervals()["save"])) * checkpoint_bytes + models,
+        disk=min(config.keep_checkpoints, _times(trainer.steps, trainer.intervals()["save"])) * checkpoint_bytes + models,
         disk_peak=(config.keep_checkpoints + 1) * checkpoint_bytes + models + weights,
         disk_free=shutil.disk_usage(_existing(config.output)).free,
         measured=tuple(calibration.points),
@@ -166,7 +167,7 @@ def _seconds(
     trainer: Trainer, step: float, validation: float, compiling: float, checkpoint_bytes: int, weights: int
 ) -> dict[str, float]:
     """What a run's time goes to."""
-    every = trainer._intervals()
+    every = trainer.intervals()
     validations, samples, saves = (_times(trainer.steps, every[name]) for name in ("eval", "sample", "save"))
     seconds = {_counted(trainer.steps, "step"): trainer.steps * step}
     models = 1  # that are saved

@@ -18,21 +18,21 @@ from torch import Tensor
 
 from etude import cli, paths
 from etude.data.batches import Batches, Samples
-from etude.device import describe, keep_freed_memory, peak_flops, pick_compile, pick_device, pick_precision, set_deterministic
-from etude.errors import Interrupted, MismatchError, UsageError
+from etude.device import pick_compile, pick_device, pick_precision, set_deterministic
+from etude.errors import Interrupted, UsageError
 from etude.evaluation import LossResult, evaluate_loss
 from etude.lock import FolderLock
 from etude.losses import Loss, causal_lm_loss, linear_cross_entropy
-from etude.model.linear import Linear, pays
+from etude.memory import keep_freed_memory
 from etude.model.transformer import Etude
 from etude.parallel import from_environment, local_device
 from etude.runlog import RunLog, SilentLog, duration
 from etude.tokenizer import Tokenizer
-from etude.training import checkpoint
+from etude.training import checkpoint, report, resume
 from etude.training.config import TrainingConfig
 from etude.training.gradients import GradientSum, is_out_of_memory
 from etude.training.health import Health
-from etude.training.identity import changes_since, free_settings, identity
+from etude.training.identity import identity
 from etude.training.optim import lr_at, make_optimizers, momentum_at, set_for_step
 from etude.training.sharding import number_of_parts, release, require_like_machines, shard, whole
 from etude.training.signals import StopSignals
@@ -132,13 +132,13 @@ class Trainer:
             require_like_machines(self.processes, self.device)
         if self.sharded:
             self._divide()
-        resumed = self._resume()
+        resumed = resume.go_on(self)
         if self.processes.is_first:
             checkpoint.require_room(self.config.output, self.model, self.optimizers, self.config.keep_checkpoints)
             self.log = RunLog(self.config.output, self.config.tracker, cli.as_dict(self.config))
             self.log.resume_from(self.step, revalidate=self.validation_pending)
             cli.save(self.config, f"{self.config.output}/run.yaml")
-        self._print_header(resumed)
+        print(report.header(self, resumed))
         self.saver = checkpoint.Saver(self.config.output, self.config.keep_checkpoints, self.processes)
         # A lost process is to be noticed before the saver waits for it.
         loading, watching = ThreadPoolExecutor(1, "batches"), self.processes.watching()
@@ -171,7 +171,7 @@ class Trainer:
         return make_optimizers(self.model, self.config, self.device, self.processes, fused)
 
     def _loop(self, loader: ThreadPoolExecutor, stop: StopSignals) -> None:
-        every = self._intervals()
+        every = self.intervals()
         self.model.train()
         upcoming = loader.submit(self.batches.at, self.step)
         clock, window = time.perf_counter(), []  # (seconds, tokens) of steps since the last record
@@ -181,7 +181,7 @@ class Trainer:
                 upcoming = loader.submit(self.batches.at, self.step + 1)
             try:
                 with self.processes.overseen(f"in step {self.step + 1}"):
-                    metrics = {} if self.spikes.is_quarantined(self.step) else self._optimizer_step(batch)
+                    metrics = {} if self.spikes.is_quarantined(self.step) else self.optimizer_step(batch)
             except RuntimeError as error:  # beside the gradients, which see to it themselves: the optimizer's first step, say
                 if not is_out_of_memory(error):
                     raise
@@ -208,7 +208,9 @@ class Trainer:
             self.seconds += elapsed
             window.append((elapsed, self.tokens_per_step))
             if recorded:
-                self._record(metrics, window)
+                values, line = report.of_steps(self, metrics, window)
+                self.log.metrics(self.step, **values)
+                self.log.progress(line, last=last)
                 window.clear()
             if _due(self.step, every["eval"], last):
                 self._validate(stop)
@@ -232,7 +234,7 @@ class Trainer:
             again = "the same command" if self.config.resume == "auto" else "the same command with --resume auto"
             raise Interrupted(f"stopped after step {self.step} of {self.steps}, and saved; {again} goes on from here")
 
-    def _optimizer_step(self, batch: dict[str, Tensor]) -> dict[str, float | Tensor]:
+    def optimizer_step(self, batch: dict[str, Tensor]) -> dict[str, float | Tensor]:
         """One update from a global batch. Its gradient is that of the mean over the batch's supervised tokens, however the
         batch is cut into micro-batches.
         """
@@ -294,14 +296,15 @@ class Trainer:
         self.spikes.put_in_quarantine(self.step, self.batches.documents(self.step), told)
         quarantine = self.spikes.quarantine
         self.saver.wait()
-        self._take(self._newest())
-        self._leave_out(quarantine)
+        resume.take(self, resume.newest(self))
+        self.leave_out(quarantine)
         self.log.resume_from(self.step)
         count = f"{len(quarantine)} of at most {self.config.rewind_on_spike}"
         self.log.line(f"spike     {told}; back to step {self.step} ({count}), without its samples: {samples}")
         return True
 
-    def _leave_out(self, quarantine: list[dict[str, Any]]) -> None:
+    def leave_out(self, quarantine: list[dict[str, Any]]) -> None:
+        """Have no step see the samples of these entries any more."""
         self.spikes.quarantine = quarantine
         for entry in quarantine:
             for document in entry["documents"]:
@@ -326,7 +329,7 @@ class Trainer:
             return  # the result is of a part only; it is made again after resuming
         self.validation_pending = False
         values = {"val_loss": result.loss, "val_perplexity": result.perplexity}
-        bits = self._bits_per_byte(result)
+        bits = self.bits_per_byte(result)
         if bits is not None:
             values["val_bits_per_byte"] = bits
         self.log.metrics(self.step, **values)
@@ -338,49 +341,19 @@ class Trainer:
         described += f"  bits/byte {bits:.4f}" if bits is not None else ""
         self.log.line(f"validate  step {self.step}: {described}{'  (best so far)' if better else ''}")
 
-    def _bits_per_byte(self, result: LossResult) -> float | None:
+    def bits_per_byte(self, result: LossResult) -> float | None:
         """The loss in bits, at the validation data's learnt tokens per byte; None for samples without a token store."""
         store = getattr(self.val, "store", None)
         if store is None or not store.text_bytes:
             return None
         return result.loss / math.log(2) * store.supervised / store.text_bytes
 
-    def _record(self, metrics: dict[str, float], window: list[tuple[float, int]]) -> None:
-        seconds, tokens = (sum(values) for values in zip(*window, strict=True))
-        rate = tokens / seconds
-        left = (self.steps - self.step) * seconds / len(window)
-        values = {**metrics, "tokens_per_second": rate, "tokens": self.tokens_seen, "seconds": self.seconds}
-        text = (
-            f"step {self.step:>{len(str(self.steps))}}/{self.steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"grad {metrics['grad_norm']:.2f}  {rate:,.0f} tok/s"
-        )
-        if self.device.type == "cuda":
-            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            text += f"  {values['peak_memory_bytes'] / 2**30:.1f} GiB"
-            if peak := peak_flops(self.device):
-                values["mfu"] = rate * self.model.config.training_flops_per_token(self.batches.samples.block_size) / peak
-                text += f"  MFU {values['mfu']:.1%}"
-        self.log.metrics(self.step, **values)
-        self.log.progress(f"{text}  {duration(left)} left", last=self.step == self.steps)
-
     def _save(self) -> None:
         self.health.check()
         if not (self.processes.is_first or self.sharded):
             return
-        state = {
-            "step": self.step,
-            "steps": self.steps,
-            "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
-            "validation_pending": self.validation_pending,
-            "tokens_seen": self.tokens_seen,
-            "seconds": self.seconds,
-            "scaler": self.gradients.scaler.state_dict() if self.gradients.scaler else None,
-            "spikes": self.spikes.state(),
-            "identity": self.identity,
-            "settings": free_settings(self.config),
-        }
         self.saver.wait()  # before copying: one copy at a time
-        self.saver.save(checkpoint.snapshot(state, self.model, self.optimizers, self.parts))
+        self.saver.save(checkpoint.snapshot(resume.state_of(self), self.model, self.optimizers, self.parts))
 
     def _save_model(self, folder: str) -> None:
         weights = {}
@@ -406,64 +379,9 @@ class Trainer:
             f"complete  {self.steps} steps in {duration(self.seconds)}{best}\nmodel     {paths.typed(self.config.output)}"
         )
 
-    # -- resuming ---------------------------------------------------------------------------------------------------------
-
-    def _resume(self) -> str:
-        """Go on from a checkpoint, if there is one. Returns a line about it for the header."""
-        output = self.config.output
-        if self.config.resume == "never":
-            aside = checkpoint.set_aside(output) if self.processes.is_first else None
-            return f"earlier checkpoints were moved to {paths.typed(aside)}" if aside else ""
-        if self.config.resume == "auto":
-            found = self._newest()
-            if found is None:
-                return ""
-        else:
-            found = checkpoint.load(self.config.resume)
-        notes = changes_since(found, self.config, self.identity)
-        if self.steps < found.step:
-            raise MismatchError(
-                f"{found.path}: the run is at step {found.step} already, past the {self.steps} asked for; "
-                "ask for more, or start over with --resume never"
-            )
-        self._take(found)
-        if found.state["steps"] != self.steps:
-            notes.append(
-                f"steps {found.state['steps']} → {self.steps}, and the learning rate's schedule with them: not the old run any more"
-            )
-        self.processes.meet()  # all have read before anything is moved
-        if self.processes.is_first and (aside := checkpoint.set_aside(output, after=self.step)):
-            notes.append(f"later checkpoints were moved to {paths.typed(aside)}")
-        return "; ".join([f"from {paths.typed(found.path)}", *notes])
-
-    def _newest(self) -> checkpoint.Checkpoint | None:
-        """The newest good checkpoint, the same one in every process: the first decides."""
-        found: checkpoint.Checkpoint | None = None
-
-        def decide() -> str:
-            nonlocal found
-            found = checkpoint.newest_good(self.config.output)
-            return str(found.path) if found else ""
-
-        path = self.processes.from_first(decide)
-        return found if self.processes.is_first or not path else checkpoint.load(path)
-
-    def _take(self, found: checkpoint.Checkpoint) -> None:
-        """Put the whole run where a checkpoint left it."""
-        checkpoint.restore(found, self.model, self.optimizers)
-        if self.gradients.scaler and found.state["scaler"]:
-            self.gradients.scaler.load_state_dict(found.state["scaler"])
-        self.step = found.step
-        best = found.state["best_val_loss"]
-        self.best_val_loss = math.inf if best is None else best
-        self.validation_pending = found.state["validation_pending"]
-        self.tokens_seen, self.seconds = found.state["tokens_seen"], found.state["seconds"]
-        self.spikes.restore(found.state["spikes"])
-        self._leave_out(self.spikes.quarantine)
-
     # -- small things -------------------------------------------------------------------------------------------------------
 
-    def _intervals(self) -> dict[str, int]:
+    def intervals(self) -> dict[str, int]:
         def every(value: int | None, share: int) -> int:
             return max(1, self.steps // share) if value is None else value
 
@@ -473,32 +391,6 @@ class Trainer:
             "save": every(config.save_every, 10),
             "sample": every(config.sample_every, 5),
         }
-
-    def _print_header(self, resumed: str) -> None:
-        counts = self.model.config.num_parameters()
-        shape = self.model.config
-        print(
-            f"model     {counts['total']:,} parameters: {shape.hidden_size} wide, {shape.num_hidden_layers} layers, vocabulary {shape.vocab_size:,}"
-        )
-        count = self.processes.count
-        several = (
-            f"; {count} processes, {'each with a part of the model' if self.sharded else 'each with a copy'}"
-            if count > 1
-            else ""
-        )
-        precision = self.precision
-        if self.model.fp8:
-            weights = [module.weight for module in self.model.modules() if isinstance(module, Linear)] + [
-                self.model.head_weight
-            ]
-            precision += f" in {sum(map(pays, weights))} of {len(weights)} products"
-        print(f"device    {describe(self.device)}; {precision}{', compiled' if self.compiled else ''}{several}")
-        epochs = self.steps / self.batches.steps_per_epoch
-        print(
-            f"run       {self.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs) → {paths.typed(self.config.output)}"
-        )
-        if resumed:
-            print(f"resume    {resumed}")
 
 
 def _due(step: int, every: int, last: bool) -> bool:
