@@ -314,15 +314,36 @@ def test_layers_gathered_one_by_one_or_together_are_trained_alike(make, tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if kind == "adamw" else 1e-3)
 
 
-def test_groups_hold_as_many_layers_as_are_to_be_gathered_together(monkeypatch):
+def test_groups_hold_as_many_layers_as_are_to_be_gathered_together_and_not_all(monkeypatch):
     layers = torch.nn.ModuleList(torch.nn.Linear(10, 10, bias=False) for _ in range(7))
     sizes = {}
     for limit in (1, 100, 299, 300, 10**6):
         monkeypatch.setattr(sharding, "GATHERED", limit)
-        groups = list(sharding._groups(layers))
-        assert [layer for group in groups for layer in group] == list(layers)
+        groups = sharding._groups(layers)
+        assert not groups or [layer for group in groups for layer in group] == list(layers)
         sizes[limit] = [len(group) for group in groups]
-    assert sizes == {1: [1] * 7, 100: [1] * 7, 299: [2, 2, 2, 1], 300: [3, 3, 1], 10**6: [7]}
+    assert sizes == {1: [1] * 7, 100: [1] * 7, 299: [2, 2, 2, 1], 300: [3, 3, 1], 10**6: []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gathered", [1, 2**27])
+def test_compiled_in_one_piece_or_by_layers_it_is_trained_alike(make, tmp_path, monkeypatch, gathered):  # noqa: F811
+    settings = {**DIVIDED, "epsilon": 1e-6, "precision": "fp32", "max_steps": 4, "eval_every": 2}
+    make("whole", **settings).run()
+    monkeypatch.setattr(sharding, "GATHERED", gathered)
+    compiled = []  # what each process was to compile
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append(function) or compile(function, **how))
+
+    def body(rank: int) -> None:
+        make("divided", **settings, compile="on").run()
+        names = {function.__name__ for function in compiled}
+        assert names == {"linear_cross_entropy"} | ({"hidden"} if gathered > 1 else {"forward", "embedded"})
+
+    assert in_processes(2, body, seconds=300) == [0, 0]
+    for name in ("loss", "val_loss"):
+        found = [[record[name] for record in metrics(tmp_path / run) if name in record] for run in ("whole", "divided")]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -5,7 +5,7 @@ It changes where tensors lie, not what is computed: sums over processes are plai
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def shard(model: Etude, device: torch.device, parts: int) -> None:
     count = torch.distributed.get_world_size()
     shape, names = ((parts,), ("parts",)) if parts == count else ((count // parts, parts), ("copies", "parts"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    groups = list(_groups(model.layers))
+    groups = _groups(model.layers)
     for group in groups:
         # The last one's weights are the first that the way back wants.
         fully_shard(group, mesh=mesh, reshard_after_forward=group is not groups[-1])
@@ -81,14 +81,28 @@ def shard(model: Etude, device: torch.device, parts: int) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def _groups(layers: nn.ModuleList) -> Iterator[list[Block]]:
-    """Consecutive layers whose weights are gathered together: a layer alone, of a large model; of a small one many, since each
-    gathering costs the CPU about a millisecond, in which a large GPU computes a small layer.
+def compile_divided(model: Etude) -> None:
+    """Have training compute with compiled code, which :func:`shard` leaves in one piece where all weights are gathered at once, and
+    which has no gathering within a piece: that cannot be compiled. Validating and sampling, whose shapes vary, compute as before.
+    """
+    pieces = [(layer, "forward") for layer in (*model.layers, model.norm)] + [(model, "embedded")]
+    for module, method in pieces if _groups(model.layers) else [(model, "hidden")]:
+        plain = getattr(module, method)
+        setattr(module, method, _in_training(module, torch.compile(plain, dynamic=False), plain))
+
+
+def _in_training(module: nn.Module, fast: Callable, plain: Callable) -> Callable:
+    return lambda *arguments, **named: (fast if module.training else plain)(*arguments, **named)
+
+
+def _groups(layers: nn.ModuleList) -> list[list[Block]]:
+    """Consecutive layers whose weights are gathered together: a layer alone, of a large model; of a smaller one many, since each
+    gathering costs the CPU about a millisecond, in which a large GPU computes a small layer. None of a small one: its layers are
+    gathered with all the rest.
     """
     size = sum(parameter.numel() for parameter in layers[0].parameters())
     each = max(1, GATHERED // size)
-    for start in range(0, len(layers), each):
-        yield list(layers[start : start + each])
+    return [list(layers[start : start + each]) for start in range(0, len(layers), each)] if each < len(layers) else []
 
 
 def release(model: nn.Module) -> None:

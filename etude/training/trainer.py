@@ -34,7 +34,7 @@ from etude.training.gradients import GradientSum, is_out_of_memory
 from etude.training.health import Health
 from etude.training.identity import identity
 from etude.training.optim import lr_at, make_optimizers, momentum_at, set_for_step
-from etude.training.sharding import number_of_parts, release, require_like_machines, shard, whole
+from etude.training.sharding import compile_divided, number_of_parts, release, require_like_machines, shard, whole
 from etude.training.signals import StopSignals
 from etude.training.spikes import SpikeFound, Spikes
 from etude.weights import save_model
@@ -156,10 +156,8 @@ class Trainer:
 
     def _divide(self) -> None:
         """Divide model and optimizers over the processes, which have to be connected by now."""
-        if self.compiled:  # piece by piece: gathering weights in between cannot be compiled
-            for layer in (*self.model.layers, self.model.norm):
-                layer.compile(dynamic=False)
-            self.model.embedded = torch.compile(self.model.embedded, dynamic=False)
+        if self.compiled:
+            compile_divided(self.model)
             if self.loss is causal_lm_loss:
                 cross_entropy = torch.compile(linear_cross_entropy, dynamic=False)
                 self.gradients.loss = partial(causal_lm_loss, cross_entropy=cross_entropy)
