@@ -37,6 +37,15 @@ def test_a_smaller_batch_has_lower_rates_and_a_larger_one_the_same():
     assert rates(batch_size=1024, block_size=512) == base
 
 
+def test_a_wider_model_has_lower_rates_and_a_narrower_one_the_same():
+    base, half = rates(batch_size=128, block_size=512), rates(batch_size=128, block_size=512, hidden_size=1536)
+    assert half == pytest.approx([rate / 2 for rate in base])
+    assert rates(batch_size=128, block_size=512, preset="medium") == pytest.approx([rate * 0.75 for rate in base])
+    assert rates(batch_size=128, block_size=512, preset="nano") == rates(batch_size=128, block_size=512, hidden_size=96) == base
+    assert rates(depth=24, batch_size=128, block_size=512, optimizer="adamw") == pytest.approx([7.5e-4] * 4)
+    assert rates(batch_size=128, block_size=512, hidden_size=1536, learning_rate=9e-3) == base  # what is said is done
+
+
 def test_what_is_said_stays_and_the_others_follow_it():
     assert rates(learning_rate=0.003) == pytest.approx((0.003, 0.001, 0.2 / 3, 0.004 / 3))
     assert rates(learning_rate=0.003, head_learning_rate=0.5, query_key_learning_rate=0.0)[1::2] == pytest.approx((0.0, 0.5))

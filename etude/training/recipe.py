@@ -1,7 +1,7 @@
 """What training does where nothing is said: rates that suit the batch and the model, and all that one dial, the depth, decides.
 
-The rates of pretraining were found with 768 channels and 65,536 tokens a step, and tried with 256 channels and 4,096 tokens (docs/performance.md,
-"Quality in a fixed time"). Importing this costs nothing.
+The rates of pretraining were found with 768 channels and 65,536 tokens a step, and tried with 128 to 1,536 channels and 4,096 to 65,536 tokens
+(docs/performance.md, "Quality in a fixed time"). Importing this costs nothing.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-BATCH_TOKENS = 65_536  # of a step, for which the rates below are
+BATCH_TOKENS, WIDTH = 65_536, 768  # of a step, and channels, for which the rates below are
 RATES = {"muon": 9e-3, "adamw": 1.5e-3}
 NORMAL = 1 / 3  # of Muon's, where the initial weights are small ones
 CONTINUED_RATE = 3e-4  # of AdamW, for a model that is trained already
@@ -26,11 +26,13 @@ HEAD_CHANNELS = 128
 TOKENS_PER_WEIGHT = 20  # https://arxiv.org/abs/2203.15556
 
 
-def rate_for(optimizer: str, tokens: int) -> float:
-    """The peak learning rate for steps of so many tokens. It grows with their fourth root, up to the batch it was found for, and not
-    beyond. (The square root, which noise alone would ask for, https://arxiv.org/abs/2205.10287, was too low for small batches.)
+def rate_for(optimizer: str, tokens: int, width: int) -> float:
+    """The peak learning rate for steps of so many tokens and a model of so many channels. It grows with the fourth root of the tokens, up
+    to the batch it was found for, and not beyond. (The square root, which noise alone would ask for, https://arxiv.org/abs/2205.10287,
+    was too low for small batches.) Models wider than the one it was found for want less, by as much as they are wider; narrower ones
+    could bear more, but only short runs gain by it.
     """
-    return RATES[optimizer] * min(1.0, (tokens / BATCH_TOKENS) ** 0.25)
+    return RATES[optimizer] * min(1.0, (tokens / BATCH_TOKENS) ** 0.25) * min(1.0, WIDTH / width)
 
 
 def fill_in(config) -> None:
@@ -44,7 +46,8 @@ def fill_in(config) -> None:
     default("batch_size", BATCH_SIZE)
     default("epochs", EPOCHS)
     default("optimizer", "adamw" if config.init_from else "muon")
-    rate = rate_for(config.optimizer, max(1, config.batch_size * config.block_size))
+    width = config.model_shape(on_accelerator=True)["hidden_size"]  # without one, presets are narrower
+    rate = rate_for(config.optimizer, max(1, config.batch_size * config.block_size), max(1, width))
     if config.optimizer == "muon" and config.initializer == "normal":
         rate *= NORMAL
     default("learning_rate", CONTINUED_RATE if config.init_from else rate)
