@@ -109,9 +109,12 @@ def test_packed_documents_do_not_see_each_other():
     assert same[[0, 1, 3]].all() and same[2, :19].all() and same[2, 200:].all() and not same[2, 19:200].any()
 
 
-def test_muon_in_bf16_is_near_its_fp64():
-    stack = torch.randn(6, 96, 256, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("shape", [(6, 96, 256), (36, 128, 768), (3, 768, 2048)])
+def test_muon_in_bf16_is_as_orthogonal_as_in_fp64(shape):
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stack *= torch.logspace(0, -2, shape[1])[:, None]
     stack /= stack.norm(dim=(1, 2), keepdim=True)
-    wanted = orthogonalized(stack.double())
-    found = orthogonalized(stack.to(CUDA, torch.bfloat16)).double().cpu()
-    assert (found - wanted).norm() / wanted.norm() < 2e-2
+    u, _, v = torch.linalg.svd(stack, full_matrices=False)
+    for x in (stack, stack.to(CUDA, torch.bfloat16)):
+        found = orthogonalized(x).double().cpu()
+        assert (found - u @ v).norm() < 0.12 * (u @ v).norm()

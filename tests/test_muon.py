@@ -29,14 +29,29 @@ def updates_of(make, steps: int = 3) -> list[torch.Tensor]:
 
 def test_an_orthogonal_matrix_has_singular_values_near_one():
     source = torch.Generator().manual_seed(0)
-    stack = muon._stacked([torch.randn(shape, generator=source) for shape in ((12, 30), (30, 12), (12, 30))])
+    shapes = ((12, 30), (30, 12), (12, 30))
+    stack, _ = muon._stacked([torch.randn(shape, generator=source) for shape in shapes], [(0, shape[0]) for shape in shapes])
     torch.testing.assert_close(stack.norm(dim=(1, 2)), torch.ones(3) / muon.MARGIN)
     values = torch.linalg.svdvals(orthogonalized(stack))
     assert values.min() > 0.8 and values.max() < 1.2
     u, _, v = torch.linalg.svd(stack, full_matrices=False)
     cosine = (orthogonalized(stack) * (u @ v)).sum((1, 2)) / (orthogonalized(stack).norm(dim=(1, 2)) * (u @ v).norm(dim=(1, 2)))
     assert cosine.min() > 0.99
-    assert not orthogonalized(muon._stacked([torch.zeros(3, 4)])).any()
+    assert not orthogonalized(muon._stacked([torch.zeros(3, 4)], [(0, 3)])[0]).any()
+
+
+@pytest.mark.parametrize("shape", [(128, 768), (256, 300)])
+def test_in_bf16_matrices_as_training_has_them_become_as_orthogonal(shape):
+    """One direction far larger than the others, and the smallest 200 times smaller than it."""
+    source = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(size, shape[0], generator=source, dtype=torch.float64))[0] for size in shape)
+    sizes = torch.logspace(-0.7, -2.3, shape[0], dtype=torch.float64)
+    sizes[0] = 1
+    stack, _ = muon._stacked([(u * sizes @ v.mT).bfloat16()], [(0, shape[0])])
+    found, exact = orthogonalized(stack)[0].double(), u @ v.mT
+    assert (found - exact).norm() < 0.12 * exact.norm()
+    assert torch.linalg.matrix_norm(found, 2) < 1.2
+    assert (orthogonalized(stack.double())[0] - found).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("elements", [2**27, 600, 1])
@@ -54,6 +69,39 @@ def test_updates_are_those_of_torch(monkeypatch, elements):
     single = updates_of(lambda p: Muon(p, **settings, dtype=torch.float32))
     for one, other in zip(single, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("elements", [2**27, 1])
+def test_heads_are_taken_for_themselves(monkeypatch, elements):
+    """As if each head were a matrix of its own, in rows or in columns, wider than it is high or not, few or many of them."""
+    monkeypatch.setattr(muon, "STACK_ELEMENTS", elements)
+    cuts = [
+        ((24, 16), 0, 8),
+        ((16, 24), 1, 8),
+        ((16, 12), 0, 16),
+        ((8, 8), 0, 4),
+        ((8, 40), 1, 20),
+        ((40, 8), 0, 20),
+        ((24, 24), 0, 24),
+    ]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float64}
+    source = torch.Generator().manual_seed(2)
+    matrices = [nn.Parameter(torch.randn(shape, generator=source)) for shape, _, _ in cuts]
+    pieces = [
+        [nn.Parameter(piece.clone()) for piece in matrix.detach().split(size, along)]
+        for matrix, (_, along, size) in zip(matrices, cuts, strict=True)
+    ]
+    heads = {matrix: (along, size) for matrix, (_, along, size) in zip(matrices[:-1], cuts, strict=False)}
+    together, apart = Muon(matrices, heads=heads, **settings), Muon([part for parts in pieces for part in parts], **settings)
+    for _ in range(3):
+        for matrix, parts, (_, along, size) in zip(matrices, pieces, cuts, strict=True):
+            matrix.grad = torch.randn(matrix.shape, generator=source)
+            for part, gradient in zip(parts, matrix.grad.split(size, along), strict=True):
+                part.grad = gradient.clone()
+        together.step()
+        apart.step()
+    for matrix, parts, (shape, along, _) in zip(matrices, pieces, cuts, strict=True):
+        torch.testing.assert_close(matrix.detach(), torch.cat([part.detach() for part in parts], along), msg=str(shape))
 
 
 def test_a_parameter_without_a_gradient_is_left_alone():

@@ -686,6 +686,19 @@ def test_only_matrices_are_decayed_and_every_weight_is_trained_once(make, kind, 
             assert optimizer == ("Muon" if kind == "muon" and in_a_layer else "AdamW"), name
 
 
+def test_muon_takes_attention_s_heads_for_themselves(make):
+    run = make("run", optimizer="muon", num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    heads = {names[parameter].split(".", 2)[2]: cut for parameter, cut in run.optimizers[1].heads.items()}
+    assert heads == {
+        "self_attn.q_proj.weight": (0, 6),
+        "self_attn.k_proj.weight": (0, 6),
+        "self_attn.v_proj.weight": (0, 6),
+        "self_attn.o_proj.weight": (1, 6),
+    }
+    assert len(run.optimizers[1].heads) == 8
+
+
 def test_each_kind_of_weight_may_have_a_rate_of_its_own(make, kind):
     own = {"query_key_learning_rate": 0.01, "embedding_learning_rate": 0.3, "head_learning_rate": 0.0}
     run = make(

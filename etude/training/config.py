@@ -198,7 +198,7 @@ class PretrainConfig(TrainingConfig):
         None, "muon: Muon for the layers' matrices, AdamW for the rest (default: muon, and with init_from adamw)"
     )
     learning_rate: float | None = option(
-        None, "peak learning rate (default: what suits the optimizer and the tokens of a step; with init_from 3e-4)"
+        None, "peak learning rate (default: what suits the optimizer, the tokens of a step and the width; with init_from 3e-4)"
     )
     schedule: Literal["linear", "cosine", "wsd"] = option("wsd", "after warm-up; wsd: stay at the peak, then fall to the end")
     final_lr_fraction: float = option(0.0, "learning rate at the last step, as a share of the peak")

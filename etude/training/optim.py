@@ -76,7 +76,8 @@ def make_optimizers(
     if not by_muon:
         return [adamw]
     dtype = torch.bfloat16 if pick_precision("auto", device) == "bf16" else torch.float32
-    return [adamw, Muon(by_muon, config.learning_rate, config.weight_decay, config.momentum, dtype, processes, compiled)]
+    settings = (config.learning_rate, config.weight_decay, config.momentum)
+    return [adamw, Muon(by_muon, *settings, _heads(model), dtype, processes, compiled)]
 
 
 def _kind(name: str, parameter: nn.Parameter) -> str:
@@ -87,6 +88,16 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     if parameter.ndim < 2:
         return "norms"
     return "query_key" if name.endswith(("q_proj.weight", "k_proj.weight")) else "matrices"
+
+
+def _heads(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
+    """The matrices that hold attention's heads, and along which dimension, as :class:`Muon` wants them."""
+    along = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
+    return {
+        getattr(layer.self_attn, name).weight: (dimension, model.config.head_dim)
+        for layer in model.layers
+        for name, dimension in along.items()
+    }
 
 
 def _lr_factor(kind: str, config: TrainingConfig) -> float:
