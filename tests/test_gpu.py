@@ -109,12 +109,11 @@ def test_packed_documents_do_not_see_each_other():
     assert same[[0, 1, 3]].all() and same[2, :19].all() and same[2, 200:].all() and not same[2, 19:200].any()
 
 
-@pytest.mark.parametrize("shape", [(6, 96, 256), (36, 128, 768), (3, 768, 2048)])
+@pytest.mark.parametrize("shape", [(6, 96, 256), (36, 128, 768), (3, 768, 2048), (3, 512, 512)])
 def test_muon_in_bf16_is_as_orthogonal_as_in_fp64(shape):
     stack = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     stack *= torch.logspace(0, -2, shape[1])[:, None]
     stack /= stack.norm(dim=(1, 2), keepdim=True)
     u, _, v = torch.linalg.svd(stack, full_matrices=False)
-    for x in (stack, stack.to(CUDA, torch.bfloat16)):
-        found = orthogonalized(x).double().cpu()
-        assert (found - u @ v).norm() < 0.12 * (u @ v).norm()
+    exact, rounded = ((orthogonalized(x).double().cpu() - u @ v).norm() for x in (stack, stack.to(CUDA, torch.bfloat16)))
+    assert rounded < 1.1 * exact and exact < 0.3 * (u @ v).norm()

@@ -693,10 +693,9 @@ def test_muon_takes_attention_s_heads_for_themselves(make):
     assert heads == {
         "self_attn.q_proj.weight": (0, 6),
         "self_attn.k_proj.weight": (0, 6),
-        "self_attn.v_proj.weight": (0, 6),
         "self_attn.o_proj.weight": (1, 6),
     }
-    assert len(run.optimizers[1].heads) == 8
+    assert len(run.optimizers[1].heads) == 6
 
 
 def test_each_kind_of_weight_may_have_a_rate_of_its_own(make, kind):

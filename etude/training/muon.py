@@ -115,12 +115,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(stack: Tensor) -> Tensor:
     """(n, r, c) → (n, r, c): each matrix U S Vᵀ, of norm 1 at most, brought near to U Vᵀ by Newton and Schulz's iteration.
 
-    A round takes its Gram matrix from that of the round before, which is smaller than x (Gram Newton–Schulz,
-    https://github.com/Dao-AILab/gram-newton-schulz). In bf16 that is as exact for two rounds, and for the three that start again from x.
-    In three from the start small singular values would be lost, in the rounding of the first Gram matrix.
+    Where x is much wider than high, a round takes its Gram matrix from that of the round before, which is smaller than x (Gram
+    Newton–Schulz, https://github.com/Dao-AILab/gram-newton-schulz). In bf16 that is as exact for two rounds, and for the three that start
+    again from x. In three from the start small singular values would be lost, in the rounding of the first Gram matrix.
     """
-    x = stack
-    for first, *others in (QUINTICS[:2], QUINTICS[2:]):
+    x, (rows, columns) = stack, stack.shape[1:]
+    # Of a square's products those with x are not the dear ones.
+    for first, *others in (QUINTICS[:2], QUINTICS[2:]) if columns > 1.5 * rows else [[quintic] for quintic in QUINTICS]:
         gram = x @ x.mT  # (n, r, r)
         product = polynomial = _polynomial(gram, *first)
         for quintic in others:

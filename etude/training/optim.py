@@ -91,8 +91,10 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 
 def _heads(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
-    """The matrices that hold attention's heads, and along which dimension, as :class:`Muon` wants them."""
-    along = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
+    """The matrices whose heads :class:`Muon` takes for themselves, and along which dimension: all of attention's but the values', which
+    learn more together.
+    """
+    along = {"q_proj": 0, "k_proj": 0, "o_proj": 1}
     return {
         getattr(layer.self_attn, name).weight: (dimension, model.config.head_dim)
         for layer in model.layers
