@@ -115,28 +115,16 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(stack: Tensor) -> Tensor:
     """(n, r, c) → (n, r, c): each matrix U S Vᵀ, of norm 1 at most, brought near to U Vᵀ by Newton and Schulz's iteration.
 
-    Where x is much wider than high, a round takes its Gram matrix from that of the round before, which is smaller than x (Gram
-    Newton–Schulz, https://github.com/Dao-AILab/gram-newton-schulz). In bf16 that is as exact for two rounds, and for the three that start
-    again from x. In three from the start small singular values would be lost, in the rounding of the first Gram matrix.
+    Every round computes its Gram matrix anew. To change that of the round before instead (Gram Newton–Schulz) would take fewer operations,
+    but in bf16 rounding now and then makes such a matrix thousands of times too large.
     """
-    x, (rows, columns) = stack, stack.shape[1:]
-    # Of a square's products those with x are not the dear ones.
-    for first, *others in (QUINTICS[:2], QUINTICS[2:]) if columns > 1.5 * rows else [[quintic] for quintic in QUINTICS]:
+    x = stack
+    for a, b, c in QUINTICS:
         gram = x @ x.mT  # (n, r, r)
-        product = polynomial = _polynomial(gram, *first)
-        for quintic in others:
-            gram = polynomial @ gram @ polynomial
-            polynomial = _polynomial(gram, *quintic)
-            product = polynomial @ product
-        x = product @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)  # rather than A · x added to the product: that would copy x once more
+        x = polynomial @ x
     return x
-
-
-def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
-    """a + b · gram + c · gram²"""
-    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    polynomial.diagonal(dim1=1, dim2=2).add_(a)
-    return polynomial
 
 
 def _nesterov(buffers: list[Tensor], gradients: list[Tensor], momentum: Tensor, dtype: torch.dtype) -> list[Tensor]:
