@@ -54,6 +54,14 @@ def test_in_bf16_matrices_as_training_has_them_become_as_orthogonal(shape):
     assert (orthogonalized(stack.double())[0] - found).norm() < 0.05 * exact.norm()
 
 
+def test_rounding_to_bf16_makes_no_matrix_large():
+    """Of so many, cheaper forms of the iteration that change one Gram matrix from round to round make a hundred enormous."""
+    u, _, v = torch.linalg.svd(torch.randn(3000, 8, 16, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    matrices = (u * torch.tensor([1.0, 0.2, 0.14, 0.1, 0.09, 0.07, 0.05, 0.03]) @ v).bfloat16()
+    stack, _ = muon._stacked(list(matrices), [(0, 8)] * len(matrices))
+    assert torch.linalg.matrix_norm(orthogonalized(stack).float(), 2).max() < 1.2
+
+
 @pytest.mark.parametrize("elements", [2**27, 600, 1])
 def test_updates_are_those_of_torch(monkeypatch, elements):
     monkeypatch.setattr(muon, "STACK_ELEMENTS", elements)
