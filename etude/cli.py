@@ -142,6 +142,7 @@ def run(main: Callable[[], int | None]) -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":  # of several processes (torchrun) the first talks; errors are everybody's
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    _hear_what_python_ignores()
     try:
         sys.exit(main() or 0)
     except Interrupted as error:
@@ -166,6 +167,28 @@ def run(main: Callable[[], int | None]) -> None:
         if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps what is raised in a __set_name__, as at imports
             _interrupted()
         raise
+
+
+def _hear_what_python_ignores() -> None:
+    """A Ctrl-C that comes while Python clears something away, as it does at imports, is only printed; let it come again."""
+    told = sys.unraisablehook
+
+    def hear(ignored) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.05, _interrupt)
+            again.daemon = True
+            again.start()
+        else:
+            told(ignored)
+
+    sys.unraisablehook = hear
+
+
+def _interrupt() -> None:
+    if os.name == "posix":
+        os.kill(os.getpid(), signal.SIGINT)  # wakes a main thread that waits
+    else:
+        signal.raise_signal(signal.SIGINT)  # os.kill would end the process on the spot
 
 
 def _interrupted() -> None:

@@ -1,8 +1,11 @@
 """Command lines to configs."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
 from etude import cli
 from etude.errors import UsageError
@@ -66,6 +69,29 @@ def test_an_interruption_that_python_wrapped_is_one_still(capsys, monkeypatch):
         cli.run(main)
     assert left.value.code == 130 and ignored == ["SIGINT"]  # one more would spoil the exit code
     assert capsys.readouterr().err == f"error: {cli.INTERRUPTED}\n"
+
+
+def test_an_interruption_that_python_would_ignore_is_one_still():
+    code = """if True:
+        import time, weakref
+        from etude import cli
+
+        class Thing:
+            pass
+
+        def interrupted(reference):
+            raise KeyboardInterrupt
+
+        def main():
+            thing = Thing()
+            reference = weakref.ref(thing, interrupted)
+            del thing
+            time.sleep(30)
+
+        cli.run(main)
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"error: {cli.INTERRUPTED}\n")
 
 
 def test_another_error_of_the_same_kind_is_shown_as_it_is():

@@ -16,7 +16,7 @@ from test_trainer import asking_to_stop, assert_same, make, metrics, no_waiting,
 from etude.errors import EtudeError, Interrupted
 from etude.losses import causal_lm_loss
 from etude.parallel import Processes
-from etude.training import checkpoint, trainer
+from etude.training import checkpoint, muon, trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
 TWO = {"batch_size": 6, "dropout": 0.0}
@@ -85,6 +85,24 @@ def test_two_processes_reach_the_bits_of_one_with_two_micro_batches(make, tmp_pa
     make("one", **settings).run()
     assert in_processes(2, lambda rank: make("two", **settings).run()) == [0, 0]
     assert_same(tmp_path / "two", outcome(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(("count", "matrices"), [(2, 5), (3, 5), (3, 2)])
+def test_processes_share_muon_s_matrices_out(monkeypatch, count, matrices):
+    stack = torch.randn(matrices, 64, 600, generator=torch.Generator().manual_seed(0)) / 200
+    wanted, made = muon.orthogonalized(stack), []
+    iterate = muon.orthogonalized
+    monkeypatch.setattr(muon, "orthogonalized", lambda part: made.append(len(part)) or iterate(part))
+
+    def body(rank):
+        processes = Processes(rank, count)
+        with processes.together(torch.device("cpu")):
+            optimizer = muon.Muon([torch.nn.Parameter(stack[0])], 0.1, 0.0, 0.9, dtype=torch.float32, processes=processes)
+            assert torch.equal(optimizer._shared_out(stack), wanted)
+            assert made == {(2, 5): [[3], [2]], (3, 5): [[2], [2], [1]], (3, 2): [[1], [1], []]}[count, matrices][rank]
+            assert torch.equal(optimizer._shared_out(stack[:1]), wanted[:1]) and made[-1] == 1  # a small one: each makes all
+
+    assert in_processes(count, body) == [0] * count
 
 
 def test_dropout_drops_the_same_in_two_processes(make, tmp_path):  # noqa: F811

@@ -26,10 +26,9 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="sends signals that Windows does not have"),
 ]
 STEPS = 400
-# Heads are large enough that torch multiplies few of Muon's matrices by the kernels that it takes for many.
 OPTIONS = [
-    "--hidden_size", 16, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--head_dim", 16, "--block_size", 32,
-    "--batch_size", 4, "--micro_batch_size", 2, "--dropout", 0.1, "--max_steps", STEPS, "--threads", 1, "--device", "cpu", "--precision", "fp32",
+    "--hidden_size", 16, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--block_size", 32, "--batch_size", 4,
+    "--micro_batch_size", 2, "--dropout", 0.1, "--max_steps", STEPS, "--threads", 1, "--device", "cpu", "--precision", "fp32",
     "--log_every", 1, "--eval_every", 90, "--save_every", 40, "--sample_every", 0, "--val_fraction", 0.1,
 ]  # fmt: skip
 WORKER = f"""

@@ -27,6 +27,7 @@ QUINTICS = (
 )
 MARGIN = 1.02
 STACK_ELEMENTS = 2**27  # of matrices that are taken together: a quarter GiB of bf16, and as much again while computing
+SHARED_ELEMENTS = 2**16  # of a stack that processes share out: a smaller one is sooner made than sent
 
 
 class Muon(torch.optim.Optimizer):
@@ -102,7 +103,7 @@ class Muon(torch.optim.Optimizer):
     def _shared_out(self, stack: Tensor) -> Tensor:
         """The orthogonal matrices, (n, r, c), of which each process computes a stretch."""
         count = self.processes.count
-        if count == 1:
+        if count == 1 or stack.numel() < SHARED_ELEMENTS:
             return orthogonalized(stack)
         each = -(-len(stack) // count)
         mine = stack[self.processes.rank * each :][:each]
