@@ -92,7 +92,7 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 def _heads(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
     """The matrices whose heads :class:`Muon` takes for themselves, and along which dimension: all of attention's but the values', which
-    learn more together.
+    learnt a little more together (docs/performance.md, "Muon").
     """
     along = {"q_proj": 0, "k_proj": 0, "o_proj": 1}
     return {
