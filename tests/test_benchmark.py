@@ -222,6 +222,22 @@ def test_a_speedrun_starts_anew_after_its_warm_up_and_ends_with_its_schedule(
         )
 
 
+@pytest.mark.parametrize("settings", [{"preset": "small"}, {"lerning_rate": 1e-3}])
+def test_speedrun_refuses_settings_that_it_has_not(text_file, tokenizer_folder, settings):
+    config = SpeedrunBenchmark(data=(str(text_file),), tokenizer=str(tokenizer_folder), device="cpu", settings=settings)
+    with pytest.raises(UsageError, match=f"settings: {next(iter(settings))} cannot be set here"):
+        speedrun.speedrun(config)
+
+
+def test_speedrun_refuses_to_train_with_nothing_to_measure_on(tokenizer_folder, tmp_path):
+    (tmp_path / "one.txt").write_text(
+        "A single document, too few for a hundredth of it to be held out. " * 50, encoding="utf-8"
+    )
+    config = SpeedrunBenchmark(data=(str(tmp_path / "one.txt"),), tokenizer=str(tokenizer_folder), device="cpu", settings=TINY)
+    with pytest.raises(UsageError, match="there is no text to measure on"):
+        speedrun.speedrun(config)
+
+
 def test_speedrun_refuses_no_time():
     with pytest.raises(UsageError, match=r"seconds \(0.0\) must be greater than 0"):
         SpeedrunBenchmark(seconds=0.0)

@@ -35,6 +35,19 @@ def wait(device) -> None:
         torch.mps.synchronize()
 
 
+def memory_of(work: Callable[[], object], device) -> int:
+    """Do it, and return how many bytes it took on a GPU at most, besides what lay there before; elsewhere 0."""
+    import torch
+
+    if device.type != "cuda":
+        work()
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def lively_std(hidden_size: int) -> float:
     """A standard deviation of random weights with which a mistake shows in what a model computes.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from etude.benchmark.report import in_turns, lively_std, tell, wait
+from etude.benchmark.report import in_turns, lively_std, memory_of, tell, wait
 from etude.benchmark.train import TrainBenchmark, huggingface_step, shape_of
 from etude.cli import option
 from etude.errors import UsageError, VerificationError
@@ -81,15 +81,13 @@ def compare(config: SFTBenchmark, folder: Path) -> dict[str, object]:
 
     firsts, peaks = {}, {}
     for name, program in programs.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        next(program.useful)
-        firsts[name] = tuple(map(float, program.step()))  # compiles, too
-        useful_per_second(program, WARM_UP, device)
-        if device.type == "cuda":
-            weights = sum(parameter.nbytes for parameter in ours.model.parameters())
-            peaks[name] = torch.cuda.max_memory_allocated(device) - before + weights
+
+        def warm_up(name=name, program=program) -> None:
+            next(program.useful)
+            firsts[name] = tuple(map(float, program.step()))  # compiles, too
+            useful_per_second(program, WARM_UP, device)
+
+        peaks[name] = memory_of(warm_up, device) + sum(parameter.nbytes for parameter in ours.model.parameters())
     agreement = require_agreement(firsts, precision)
     measures = {
         name: lambda program=program: useful_per_second(program, config.steps, device) for name, program in programs.items()
@@ -112,7 +110,7 @@ def compare(config: SFTBenchmark, folder: Path) -> dict[str, object]:
         **{f"packed / {name}": round(medians["packed"] / rate, 3) for name, rate in medians.items() if name != "packed"},
         "packed / padded, by places": round(places["packed"] / places["padded"], 3),  # what attention by document costs
         **{f"all {name}": [round(rate) for rate in found] for name, found in rates.items()},
-        **{f"{name} peak GiB": round(peak / 2**30, 2) for name, peak in peaks.items()},
+        **{f"{name} peak GiB": round(peak / 2**30, 2) for name, peak in peaks.items() if device.type == "cuda"},
     }
 
 

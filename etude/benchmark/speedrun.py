@@ -20,6 +20,7 @@ from etude.errors import UsageError
 # Beside what pretraining does by default (docs/performance.md).
 RECIPE: dict[str, Any] = {"warmup_fraction": 0.01, "block_size": 512, "batch_size": 128, "micro_batch_size": 128}
 WARMUP_STEPS, TIMED_STEPS = 5, 15  # before the run: to compile, and to see how long a step takes
+GIVEN = {"preset", "device", "output", "max_steps"}  # settings that this benchmark decides or has options for
 REVISED_EVERY = 20  # steps after which the rest of the run is estimated anew
 
 
@@ -63,6 +64,12 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
     from etude.training.start import pretraining_model
     from etude.training.trainer import Trainer
 
+    allowed = {field.name for field in dataclasses.fields(PretrainConfig)} - GIVEN
+    for name in config.settings or {}:
+        if name not in allowed:
+            raise UsageError(
+                f"settings: {name} cannot be set here; train_pretrain.py --help names settings, of which not {', '.join(sorted(GIVEN))}"
+            )
     data = list(config.data)
     if not data:
         write(sized((), 4_000_000 if config.quick else 20_000_000), folder / "texts.jsonl")
@@ -79,6 +86,10 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
     train, val = prepare_pretrain(data, tokenizer, cache, config.val_data, 0.0 if config.val_data else 0.01, workers=0)
     blocks = PretrainBlocks(train, settings.block_size, tokenizer.pad_id, settings.separate_documents)
     windows = PretrainBlocks(val, settings.block_size, tokenizer.pad_id)
+    if not len(windows):
+        raise UsageError(
+            "there is no text to measure on: none of data's documents was held out, or val_data is empty; name --val_data"
+        )
 
     def fresh() -> Trainer:
         batches = Batches(blocks, settings.batch_size, settings.seed)

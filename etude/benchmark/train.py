@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from etude.benchmark.report import tell
+from etude.benchmark.report import memory_of, tell, wait
 from etude.cli import option
 from etude.errors import UsageError
 
@@ -71,11 +71,16 @@ def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
         plain = dataclasses.replace(config, compile="off")
         steps["huggingface plain"] = huggingface_step(plain, trainer, batches, "fp32")
     rates: dict[str, list[float]] = {name: [] for name in steps}
-    firsts = {name: step() for name, step in steps.items()}  # compiles, too
+    firsts, peaks = {}, {}
+    for name, step in steps.items():
+
+        def warm_up(name=name, step=step) -> None:
+            firsts[name] = step()  # compiles, too
+            for _ in range(3):
+                step()
+
+        peaks[name] = memory_of(warm_up, device) + sum(parameter.nbytes for parameter in trainer.model.parameters())
     agreement = require_agreement(firsts["etude"], firsts["huggingface"])
-    for step in steps.values():
-        for _ in range(3):
-            step()
     for _ in range(config.rounds):
         for name, step in steps.items():
             rates[name].append(tokens_per_second(step, config, device))
@@ -94,7 +99,7 @@ def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
         ceiling = matmul_ceiling(device)
         figures["matmul TFLOP/s"] = round(ceiling / 1e12, 1)
         figures["MFU of that"] = round(medians["etude"] * flops / ceiling, 4)
-        figures["peak GiB"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        figures |= {f"{name} peak GiB": round(peak / 2**30, 2) for name, peak in peaks.items()}
     return figures
 
 
@@ -195,17 +200,11 @@ def huggingface_step(config: TrainBenchmark, trainer, batches: list, precision: 
 
 
 def tokens_per_second(step, config: TrainBenchmark, device) -> float:
-    import torch
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
+    wait(device)
     started = time.perf_counter()
     for _ in range(config.steps):
         step()
-    wait()
+    wait(device)
     return config.steps * config.batch_size * config.block_size / (time.perf_counter() - started)
 
 
