@@ -155,6 +155,10 @@ def test_an_abbreviation_is_no_option(call):
         (["--learning_rate", "nan"], "learning_rate"),
         (["--precision", "fp4"], "precision"),
         (["--warmup_fraction", "1.5"], "warmup_fraction (1.5) must be between 0 and 1"),
+        (
+            ["--learning_rate", "0", "--head_learning_rate", "0.004"],
+            "head_learning_rate (0.004) follows learning_rate, which is 0",
+        ),
         (["--keep_checkpoints", "0"], "keep_checkpoints (0) must be at least 1"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["stray"], "stray"),

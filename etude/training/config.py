@@ -144,6 +144,11 @@ class TrainingConfig:
             "weight_decay",
             "max_grad_norm",
         )
+        for name in ("query_key_learning_rate", "embedding_learning_rate", "head_learning_rate"):
+            if self.learning_rate == 0 and getattr(self, name):
+                raise UsageError(
+                    f"{name} ({getattr(self, name)}) follows learning_rate, which is 0; give that a value, however small"
+                )
         _at_least(self, 1, "micro_batch_size", "max_steps", "save_every")
         _at_least(self, 0, "eval_every", "sample_every")
         for name in ("val_fraction", "warmup_fraction", "decay_fraction", "final_lr_fraction", "dropout"):

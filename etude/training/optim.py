@@ -107,7 +107,7 @@ def _lr_factor(kind: str, config: TrainingConfig) -> float:
     own = getattr(config, f"{kind}_learning_rate", None)
     if own is None:
         return share_of(kind, config)
-    return own / config.learning_rate if config.learning_rate else 1.0
+    return own / config.learning_rate if own else 0.0
 
 
 def momentum_at(step: int, config: TrainingConfig) -> float:
