@@ -16,6 +16,7 @@ from etude.device import autocast, pick_compile, pick_precision
 from etude.losses import IGNORED, causal_lm_loss
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
+from etude.training.muon import Muon
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.slow),
@@ -68,6 +69,7 @@ from etude.data.batches import Batches
 from etude.losses import causal_lm_loss
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
+from etude.training.muon import Muon
 from etude.training.config import PretrainConfig
 from etude.training.trainer import Trainer
 
@@ -114,6 +116,7 @@ from etude.device import autocast
 from etude.losses import causal_lm_loss
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
+from etude.training.muon import Muon
 from etude.training.compiler import keep_gradients
 
 keep_gradients()
@@ -163,3 +166,26 @@ def test_a_cpu_compiles_only_what_is_long_and_only_where_a_compiler_works(monkey
     assert not pick_compile("auto", cpu, 1e15) and len(asked) == 2
     assert pick_compile("on", cpu, 1.0) and not pick_compile("off", torch.device("cuda"), 1e15)
     assert pick_compile("auto", torch.device("cuda"), 1.0)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_compiled_muon_gives_the_plain_one_s_weights_and_momenta(name):
+    """Its numbers change from step to step, which compiled code must not take for constants."""
+    device = torch.device(name)
+    shapes, cuts = [(64, 96), (96, 64), (64, 96), (96, 64), (32, 96)], {0: (0, 16), 1: (1, 16)}
+
+    def trained(compiled: bool) -> list[torch.Tensor]:
+        source = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=source).to(device)) for shape in shapes]
+        heads = {weights[place]: cut for place, cut in cuts.items()}
+        optimizer = Muon(weights, 0.02, 0.1, 0.9, heads, torch.float32, compiled=compiled)
+        for step in range(4):
+            optimizer.param_groups[0].update(lr=0.02 / (step + 1), momentum=0.85 + 0.02 * step)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=source).to(device)
+            optimizer.step()
+        return [*weights, *(optimizer.state[weight]["momentum_buffer"] for weight in weights)]
+
+    torch._dynamo.reset()
+    for fast, plain in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)

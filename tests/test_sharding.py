@@ -13,7 +13,7 @@ from test_trainer import asking_to_stop, assert_same, make, metrics, no_waiting,
 
 from etude.errors import DataError, Interrupted, StorageError, UsageError
 from etude.losses import causal_lm_loss
-from etude.training import checkpoint, sharding
+from etude.training import checkpoint, muon, optim, sharding
 from etude.weights import load_model, to_disk_name
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
@@ -26,30 +26,37 @@ def tensors(run) -> dict[str, torch.Tensor]:
     return found.model | found.optimizer
 
 
-def assert_close(run, other) -> None:
-    """Both were trained alike: only the order of sums differs (the norm's, by which gradients are clipped)."""
+def assert_close(run, other, slack: float = 1) -> None:
+    """Both were trained alike: only the order of sums differs (the norm's, by which gradients are clipped). Muon wants some slack,
+    since it makes small directions of a gradient large, with what rounding left of them.
+    """
     one, two = tensors(run), tensors(other)
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            two[name], one[name], rtol=slack * 1e-4, atol=slack * 1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
     losses = [[record["loss"] for record in metrics(folder) if "loss" in record] for folder in (run, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) > 1
+    assert losses[0] == pytest.approx(losses[1], rel=slack * 1e-5) and len(losses[0]) > 1
     validated = [[record["val_loss"] for record in metrics(folder) if "val_loss" in record] for folder in (run, other)]
-    assert validated[0] == pytest.approx(validated[1], rel=1e-5) and len(validated[0]) > 1
+    assert validated[0] == pytest.approx(validated[1], rel=slack * 1e-5) and len(validated[0]) > 1
+
+
+@pytest.fixture
+def exact_muon(monkeypatch):
+    """Muon in fp32, and even the small matrices of these models shared out: in bf16 an update that is wrong is hardly seen in a loss."""
+    monkeypatch.setattr(optim, "pick_precision", lambda *_: "fp32")
+    monkeypatch.setattr(muon, "SHARED_ELEMENTS", 0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_divided_a_model_is_trained_as_it_is_whole(make, tmp_path, kind, tied):  # noqa: F811
+def test_divided_a_model_is_trained_as_it_is_whole(make, tmp_path, exact_muon, kind, tied):  # noqa: F811
     settings = {**DIVIDED, "optimizer": kind, "tie_word_embeddings": tied, "micro_batch_size": 2, "batch_size": 8}
     settings["epsilon"] = 1e-6  # Adam's step where a gradient is nearly nothing is else decided by its last bits
     make("whole", **settings).run()  # one process: there is nothing to divide
     assert in_processes(2, lambda rank: make("divided", **settings).run()) == [0, 0]
-    if kind == "adamw":
-        assert_close(tmp_path / "whole", tmp_path / "divided")
-    else:  # Muon's iteration is in bf16
-        losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert_close(tmp_path / "whole", tmp_path / "divided", slack=1 if kind == "adamw" else 50)
     path = checkpoint.found_in(tmp_path / "divided")[0]
     names = {f"{stem}-0000{part}-of-00002.safetensors" for stem in ("model", "optimizer") for part in (1, 2)}
     assert {file.name for file in path.iterdir()} == names | {"rng.safetensors", "state.json", "manifest.json"}
@@ -290,7 +297,7 @@ def test_the_process_that_fails_in_writing_keeps_its_own_error(make, tmp_path, c
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_process_may_have_no_row_of_a_matrix(make, tmp_path, kind):  # noqa: F811
+def test_a_process_may_have_no_row_of_a_matrix(make, tmp_path, exact_muon, kind):  # noqa: F811
     shape = {
         "hidden_size": 4,
         "num_attention_heads": 2,
@@ -299,19 +306,17 @@ def test_a_process_may_have_no_row_of_a_matrix(make, tmp_path, kind):  # noqa: F
     settings = {**DIVIDED, **shape, "batch_size": 6, "micro_batch_size": 2, "optimizer": kind, "epsilon": 1e-6}
     make("whole", **settings).run()
     assert in_processes(3, lambda rank: make("divided", **settings).run()) == [0] * 3
-    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert_close(tmp_path / "whole", tmp_path / "divided", slack=1 if kind == "adamw" else 50)
 
 
 @pytest.mark.parametrize("gathered", [1, 2**27])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_layers_gathered_one_by_one_or_together_are_trained_alike(make, tmp_path, monkeypatch, kind, gathered):  # noqa: F811
+def test_layers_gathered_one_by_one_or_together_are_trained_alike(make, tmp_path, monkeypatch, exact_muon, kind, gathered):  # noqa: F811
     settings = {**DIVIDED, "optimizer": kind, "num_hidden_layers": 3, "epsilon": 1e-6}
     make("whole", **settings).run()
     monkeypatch.setattr(sharding, "GATHERED", gathered)
     assert in_processes(2, lambda rank: make("divided", **settings).run()) == [0, 0]
-    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if kind == "adamw" else 1e-3)
+    assert_close(tmp_path / "whole", tmp_path / "divided", slack=1 if kind == "adamw" else 50)
 
 
 def test_groups_hold_as_many_layers_as_are_to_be_gathered_together_and_not_all(monkeypatch):
@@ -349,15 +354,11 @@ def test_compiled_in_one_piece_or_by_layers_it_is_trained_alike(make, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_two_machines_with_a_divided_copy_each_train_as_one_process(make, tmp_path, kind):  # noqa: F811
+def test_two_machines_with_a_divided_copy_each_train_as_one_process(make, tmp_path, exact_muon, kind):  # noqa: F811
     settings = {**DIVIDED, "parallel": "hsdp", "optimizer": kind, "micro_batch_size": 2, "batch_size": 8, "epsilon": 1e-6}
     make("whole", **settings).run()
     assert in_processes(4, lambda rank: make("divided", **settings).run(), on_machine=2) == [0] * 4
-    if kind == "adamw":
-        assert_close(tmp_path / "whole", tmp_path / "divided")
-    else:
-        losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in ("whole", "divided")]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert_close(tmp_path / "whole", tmp_path / "divided", slack=1 if kind == "adamw" else 50)
     names = {file.name for file in checkpoint.found_in(tmp_path / "divided")[0].iterdir()}
     assert {name for name in names if name.startswith("model")} == set(checkpoint.part_names("model", 2))  # the first machine's
 
