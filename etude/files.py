@@ -11,18 +11,24 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; when the block ends well it is synced and takes ``path``'s name, else it goes."""
+    """A path in a temporary folder beside ``path``; when the block ends well it is synced and takes ``path``'s name, else it goes.
+
+    The folder is for what a library writes beside the path it was given: safetensors first writes a file with a random name,
+    which nobody would know for a leftover after a kill.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(exist_ok=True)
     try:
+        temporary = folder / path.name
         yield temporary
         _make_readable(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

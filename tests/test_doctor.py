@@ -376,10 +376,11 @@ def test_a_final_model_that_is_missing_or_old_and_a_stretched_context(run):
     assert_sound(report)
 
 
-def test_leftovers_of_a_killed_process_are_a_warning(run):
-    (run / "checkpoints/.step-00000018.1.x.tmp").mkdir()
+@pytest.mark.parametrize("name", ["checkpoints/.step-00000018.1.x.tmp", "best/.model.safetensors.1.tmp", ".config.json.1.tmp"])
+def test_leftovers_of_a_killed_process_are_a_warning(run, name):
+    (run / name).mkdir(parents=True)
     report = look(run)
-    assert_found(report, "leftovers", "step-00000018", level="warn")
+    assert_found(report, "leftovers", name, level="warn")
     assert_sound(report)
 
 

@@ -21,7 +21,7 @@ def names(folder: Path) -> list[str]:
 def test_a_file_appears_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "er" / "file.txt"
     with whole_file(target) as temporary:
-        assert temporary.parent == target.parent  # another file system could not be renamed across
+        assert temporary.parent.parent == target.parent  # another file system could not be renamed across
         temporary.write_text("new")
         assert not target.exists()
     assert target.read_text() == "new" and names(target.parent) == ["file.txt"]

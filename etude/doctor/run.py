@@ -16,7 +16,7 @@ from etude.errors import DataError, EtudeError, MismatchError
 from etude.model.config import EtudeConfig
 from etude.model.transformer import Etude
 from etude.tokenizer import Tokenizer
-from etude.training.checkpoint import MANIFEST, NAME, Checkpoint, found_in, load, sha256
+from etude.training.checkpoint import MANIFEST, NAME, Checkpoint, found_in, leftovers, load, sha256
 from etude.weights import build_model, from_disk_name, read_config_json, read_safetensors, to_disk_name
 
 SHAPE = "model."  # begins the names of the model's config in a checkpoint's identity
@@ -65,7 +65,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def look_for_leftovers(run: Path, report: Report) -> None:
-    left = [str(path.relative_to(run)) for folder in (run, run / "checkpoints") for path in sorted(folder.glob(".*.tmp"))]
+    left = [str(path.relative_to(run)) for path in leftovers(run)]
     if left:
         report.warn(
             "leftovers",

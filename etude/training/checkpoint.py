@@ -234,11 +234,16 @@ def newest_good(run: str | Path) -> Checkpoint | None:
     return None
 
 
+def leftovers(run: str | Path) -> list[Path]:
+    """What a process writes in a run's folder, and leaves there if it is killed meanwhile."""
+    folders = (Path(run), Path(run) / "checkpoints", Path(run) / "best")
+    return [path for folder in folders for path in sorted(folder.glob(".*.tmp"))]
+
+
 def clean(run: str | Path) -> None:
     """Delete what a killed process left half-written in a run's folder. Only for whoever holds the run's lock."""
-    for folder in (Path(run), Path(run) / "checkpoints", Path(run) / "best"):
-        for path in folder.glob(".*.tmp"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in leftovers(run):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def require_room(run: str | Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int) -> None:
