@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from etude import losses
-from etude.benchmark import decode, sft, speedrun
+from etude.benchmark import data, decode, report, sft, speedrun, train
+from etude.benchmark.data import DataBenchmark
 from etude.benchmark.decode import DecodeBenchmark
-from etude.benchmark.report import in_turns
+from etude.benchmark.report import in_turns, mfu_of, peaks_of
 from etude.benchmark.sft import SFTBenchmark
 from etude.benchmark.speedrun import SpeedrunBenchmark
+from etude.benchmark.train import TrainBenchmark
 from etude.data.sft import SFTRows
 from etude.errors import UsageError, VerificationError
 from etude.generation import plain
@@ -44,6 +46,70 @@ def test_all_take_turns():
     order = []
     found = in_turns({name: lambda name=name: order.append(name) or len(order) for name in "ab"}, rounds=2)
     assert order == ["a", "b", "a", "b"] and found == {"a": [1, 3], "b": [2, 4]}
+
+
+def test_mfu_is_the_share_of_what_a_large_product_reaches(monkeypatch):
+    asked = []
+    monkeypatch.setattr(report, "matmul_ceiling", lambda *given: asked.append(given) or 8e12)
+    figures = mfu_of(2e12, torch.device("cpu"), "fp16")
+    assert figures == {"etude TFLOP/s": 2.0, "matmul TFLOP/s": 8.0, "MFU of that": 0.25}
+    assert asked == [(torch.device("cpu"), "fp16")]
+
+
+def test_a_gpu_tells_the_memory_of_each_and_a_cpu_of_all():
+    assert peaks_of({"etude": 2**30, "peer": 2**31}, 2**29) == {"etude peak GiB": 1.5, "peer peak GiB": 2.5}
+    ((name, all_of_it),) = peaks_of({"etude": None, "peer": None}, 2**29).items()
+    assert "all" in name and 0.05 < all_of_it < 1000
+
+
+# ---- train, data --------------------------------------------------------------------------------------------------------
+
+STEPS = TrainBenchmark(
+    preset="nano", num_hidden_layers=1, vocab_size=64, block_size=16, batch_size=2, device="cpu", precision="fp32", compile="off",
+    rounds=3, steps=1,
+)  # fmt: skip
+
+
+def test_train_compares_equal_first_steps_and_tells_medians_in_json(tmp_path, monkeypatch):
+    rates = iter([5.0, 1.0, 1.0, 1000.0, 2.0, 1.0, 6.0, 3.0, 3.0])  # three rounds of three programs
+    monkeypatch.setattr(train, "tokens_per_second", lambda step, config, device: next(rates) if step() else None)
+    train.train(dataclasses.replace(STEPS, output=str(tmp_path / "figures.json")))
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert [figures[f"{name} tokens/s"] for name in ("etude", "huggingface", "huggingface plain")] == [6, 2, 1]
+    assert figures["etude / huggingface"] == 3 and figures["etude / huggingface plain"] == 6
+    assert figures["matmul TFLOP/s"] > 0 and "peak GiB of all, Python included" in figures
+
+
+def test_train_refuses_a_peer_that_computes_something_else(monkeypatch):
+    twin = train.huggingface_step
+
+    def other(config, trainer, batches, precision):
+        changed = [{**batch, "labels": batch["labels"].flip(1)} for batch in batches]
+        return twin(config, trainer, changed, precision)
+
+    monkeypatch.setattr(train, "huggingface_step", other)
+    with pytest.raises(VerificationError, match="disagree on the first step: loss"):
+        train.train(STEPS)
+
+
+def test_data_compares_reading_and_tokenising_and_takes_as_many_steps_as_it_is_told(
+    text_file, tokenizer_folder, tmp_path, monkeypatch
+):
+    from etude.training.trainer import Trainer
+
+    made, step = [], Trainer.optimizer_step
+    monkeypatch.setattr(Trainer, "optimizer_step", lambda self, batch: made.append(0) or step(self, batch))
+    config = DataBenchmark(
+        data=(str(text_file),), tokenizer=str(tokenizer_folder), megabytes=1, block_size=32, batch_size=2, preset="nano", device="cpu",
+        rounds=2, output=str(tmp_path / "figures.json"),
+    )  # fmt: skip
+    monkeypatch.setattr("etude.training.trainer.pick_compile", lambda *_: False)
+    monkeypatch.setattr(data, "sized", lambda texts, size, sized=data.sized: sized(texts, size // 20))
+    data.data(config)
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert len(made) == 2 * 4 * (1 + 2)  # reading and having, four steps on a CPU, once to warm up and twice to be timed
+    assert figures["ratio"] == pytest.approx(figures["from file to store MB/s"] / figures["encode_batch_fast MB/s"], rel=0.1)
+    assert figures["step that reads its batch, ms"] > 0 and len(figures["all etude"]) == 2
 
 
 # ---- decode -------------------------------------------------------------------------------------------------------------
@@ -208,6 +274,7 @@ def test_a_speedrun_starts_anew_after_its_warm_up_and_ends_with_its_schedule(
         return seconds
 
     monkeypatch.setattr(speedrun, "_train", watched)
+    monkeypatch.setattr(report, "matmul_ceiling", lambda device, precision: 1e12)
     config = SpeedrunBenchmark(
         data=(str(text_file),), val_data=(str(text_file),), tokenizer=str(tokenizer_folder), preset="nano", seconds=0.1, device="cpu",
         settings={**TINY, "qk_norm": qk_norm, "warmup_fraction": 0.0}, output=str(tmp_path / "figures.json"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_linear import rows_held  # noqa: F401
 
+from etude.benchmark.report import with_memory
 from etude.device import autocast
 from etude.losses import IGNORED, causal_lm_loss
 from etude.model import linear
@@ -117,3 +118,13 @@ def test_muon_in_bf16_is_as_orthogonal_as_in_fp64(shape):
     u, _, v = torch.linalg.svd(stack, full_matrices=False)
     exact, rounded = ((orthogonalized(x).double().cpu() - u @ v).norm() for x in (stack, stack.to(CUDA, torch.bfloat16)))
     assert rounded < 1.1 * exact and exact < 0.3 * (u @ v).norm()
+
+
+def test_memory_is_what_was_taken_at_most_besides_what_lay_there():
+    lay_there = torch.empty(2**22, dtype=torch.uint8, device=CUDA)
+
+    def work() -> int:
+        torch.empty(2**24, dtype=torch.uint8, device=CUDA)  # freed at once
+        return len(lay_there)
+
+    assert with_memory(work, CUDA) == (2**22, 2**24)

@@ -31,7 +31,7 @@ class DataBenchmark:
     preset: Literal["auto", "nano", "small", "base", "medium"] = option(
         "auto", "shape of the model that steps; auto: small on an accelerator, nano on a CPU"
     )
-    steps: int = option(20, "steps of a round")
+    steps: int | None = option(None, "steps of a round (default: 20 on an accelerator, 4 on a CPU)")
     device: str = option("auto", "where the steps are: auto, cpu, cuda, cuda:N or mps")
     rounds: int = option(5, "rounds in which all take turns; the medians count")
     quick: bool = option(False, "8 MB, three rounds of two small steps: a minute on two CPU cores")
@@ -39,8 +39,8 @@ class DataBenchmark:
 
     def __post_init__(self) -> None:
         for name in ("megabytes", "block_size", "batch_size", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} ({getattr(self, name)}) must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name} ({value}) must be at least 1")
 
 
 def data(config: DataBenchmark) -> None:
@@ -151,25 +151,26 @@ def step_seconds(config: DataBenchmark, folder: Path, tokenizer, store) -> tuple
     trainer = Trainer(settings, pretraining_model(settings, tokenizer), tokenizer, batches, causal_lm_loss)
     trainer.model.train()
     there = to_device(batches.at(0), trainer.device)
+    count = config.steps or (4 if trainer.device.type == "cpu" else 20)
 
     def timed(steps: Callable[[], None]) -> float:
         wait(trainer.device)
         started = time.perf_counter()
         steps()
         wait(trainer.device)
-        return (time.perf_counter() - started) / config.steps
+        return (time.perf_counter() - started) / count
 
     def reading() -> None:
         with ThreadPoolExecutor(1) as loader:
             upcoming = loader.submit(batches.at, trainer.step)
-            for _ in range(config.steps):
+            for _ in range(count):
                 batch = upcoming.result()
                 trainer.step += 1
                 upcoming = loader.submit(batches.at, trainer.step)
                 trainer.optimizer_step(batch)
 
     def having() -> None:
-        for _ in range(config.steps):
+        for _ in range(count):
             trainer.optimizer_step(there)
 
     for steps in (reading, having):  # compiles, too

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from etude.benchmark.report import in_turns, lively_std, tell, wait
+from etude.benchmark.report import in_turns, lively_std, tell, wait, with_memory
 from etude.benchmark.train import shape_of
 from etude.cli import option
 from etude.errors import UsageError, VerificationError
@@ -234,17 +234,13 @@ def compare_batch(config: DecodeBenchmark, model, oracle, prompts: Rows) -> dict
 
     found: dict[str, Measured | str] = {}
     for name, program in programs.items():  # the first call: it compiles, and takes all memory it will ever take
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
         try:
-            rows = program()
+            rows, peak = with_memory(program, device)
         except Exception as error:  # whatever a library has against this machine: it is no peer here
             if name == "etude":
                 raise
             found[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             continue
-        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
         found[name] = Measured([], require_likely(name, oracle, prompts, rows), peak)
 
     def rate(program: Callable[[], Rows]) -> float:

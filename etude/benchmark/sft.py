@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from etude.benchmark.report import in_turns, lively_std, memory_of, tell, wait
+from etude.benchmark.report import in_turns, lively_std, peaks_of, tell, wait, with_memory
 from etude.benchmark.train import TrainBenchmark, huggingface_step, shape_of
 from etude.cli import option
 from etude.errors import UsageError, VerificationError
@@ -82,12 +82,13 @@ def compare(config: SFTBenchmark, folder: Path) -> dict[str, object]:
     firsts, peaks = {}, {}
     for name, program in programs.items():
 
-        def warm_up(name=name, program=program) -> None:
+        def warm_up(program=program) -> tuple[float, ...]:
             next(program.useful)
-            firsts[name] = tuple(map(float, program.step()))  # compiles, too
+            first = tuple(map(float, program.step()))  # compiles, too
             useful_per_second(program, WARM_UP, device)
+            return first
 
-        peaks[name] = memory_of(warm_up, device) + sum(parameter.nbytes for parameter in ours.model.parameters())
+        firsts[name], peaks[name] = with_memory(warm_up, device)
     agreement = require_agreement(firsts, precision)
     measures = {
         name: lambda program=program: useful_per_second(program, config.steps, device) for name, program in programs.items()
@@ -110,7 +111,7 @@ def compare(config: SFTBenchmark, folder: Path) -> dict[str, object]:
         **{f"packed / {name}": round(medians["packed"] / rate, 3) for name, rate in medians.items() if name != "packed"},
         "packed / padded, by places": round(places["packed"] / places["padded"], 3),  # what attention by document costs
         **{f"all {name}": [round(rate) for rate in found] for name, found in rates.items()},
-        **{f"{name} peak GiB": round(peak / 2**30, 2) for name, peak in peaks.items() if device.type == "cuda"},
+        **peaks_of(peaks, sum(parameter.nbytes for parameter in ours.model.parameters())),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from etude.benchmark.data import sized, trained, write
-from etude.benchmark.report import tell, wait
+from etude.benchmark.report import mfu_of, peaks_of, tell, wait, with_memory
 from etude.cli import option
 from etude.errors import UsageError
 
@@ -107,7 +107,7 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
     rate = TIMED_STEPS / (time.perf_counter() - timed)
     warmup = time.perf_counter() - started
     _start_over(trainer, fresh())
-    seconds = _train(trainer, config.seconds, rate)
+    seconds, peak = with_memory(lambda: _train(trainer, config.seconds, rate), trainer.device)
     result = evaluate_loss(
         trainer.model,
         windows,
@@ -118,6 +118,7 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
         max_tokens=0,
     )
     tokens = trainer.step * trainer.tokens_per_step
+    flops = trainer.model.config.training_flops_per_token(settings.block_size)
     return {
         "machine": describe(trainer.device),
         "torch": torch.__version__,
@@ -132,6 +133,8 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
         "tokens": tokens,
         "epochs": round(trainer.step / trainer.batches.steps_per_epoch, 2),
         "tokens/s": round(tokens / seconds),
+        **mfu_of(tokens / seconds * flops, trainer.device, trainer.precision),
+        **peaks_of({"etude": peak}, sum(parameter.nbytes for parameter in trainer.model.parameters())),
     }
 
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from etude.benchmark.report import memory_of, tell, wait
+from etude.benchmark.report import in_turns, mfu_of, peaks_of, tell, wait, with_memory
 from etude.cli import option
 from etude.errors import UsageError
 
@@ -57,7 +57,7 @@ def train(config: TrainBenchmark) -> None:
 
 
 def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
-    """Time them in turns, so that a machine whose speed drifts is fair to all. On a CPU Hugging Face's model is timed twice: as
+    """Time them in turns. On a CPU Hugging Face's model is timed twice: as
     Etude's, and as it comes, in fp32 and not compiled.
     """
     import torch
@@ -70,22 +70,16 @@ def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
     if device.type == "cpu":
         plain = dataclasses.replace(config, compile="off")
         steps["huggingface plain"] = huggingface_step(plain, trainer, batches, "fp32")
-    rates: dict[str, list[float]] = {name: [] for name in steps}
     firsts, peaks = {}, {}
     for name, step in steps.items():
-
-        def warm_up(name=name, step=step) -> None:
-            firsts[name] = step()  # compiles, too
-            for _ in range(3):
-                step()
-
-        peaks[name] = memory_of(warm_up, device) + sum(parameter.nbytes for parameter in trainer.model.parameters())
+        # The first compiles, too.
+        warm_up, peaks[name] = with_memory(lambda step=step: [step() for _ in range(4)], device)
+        firsts[name] = warm_up[0]
     agreement = require_agreement(firsts["etude"], firsts["huggingface"])
-    for _ in range(config.rounds):
-        for name, step in steps.items():
-            rates[name].append(tokens_per_second(step, config, device))
+    measures = {name: lambda step=step: tokens_per_second(step, config, device) for name, step in steps.items()}
+    rates = in_turns(measures, config.rounds)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    figures: dict[str, object] = {
+    return {
         "machine": describe(device),
         "first step": agreement,
         "torch": torch.__version__,
@@ -93,14 +87,9 @@ def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
         **{f"{name} tokens/s": round(rate) for name, rate in medians.items()},
         **{f"etude / {name}": round(medians["etude"] / rate, 3) for name, rate in medians.items() if name != "etude"},
         **{f"all {name}": [round(rate) for rate in found] for name, found in rates.items()},
-        "etude TFLOP/s": round(medians["etude"] * flops / 1e12, 2),
+        **mfu_of(medians["etude"] * flops, device, trainer.precision),
+        **peaks_of(peaks, sum(parameter.nbytes for parameter in trainer.model.parameters())),
     }
-    if device.type == "cuda":
-        ceiling = matmul_ceiling(device)
-        figures["matmul TFLOP/s"] = round(ceiling / 1e12, 1)
-        figures["MFU of that"] = round(medians["etude"] * flops / ceiling, 4)
-        figures |= {f"{name} peak GiB": round(peak / 2**30, 2) for name, peak in peaks.items()}
-    return figures
 
 
 def etude_step(config: TrainBenchmark, folder: str):
@@ -206,19 +195,3 @@ def tokens_per_second(step, config: TrainBenchmark, device) -> float:
         step()
     wait(device)
     return config.steps * config.batch_size * config.block_size / (time.perf_counter() - started)
-
-
-def matmul_ceiling(device) -> float:
-    """FLOP/s of a large bf16 matrix product on this device: what MFU is measured against."""
-    import torch
-
-    n = 8192
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    torch.cuda.synchronize(device)
-    return 10 * 2 * n**3 / (time.perf_counter() - started)
