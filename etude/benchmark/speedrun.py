@@ -5,6 +5,7 @@ windows of ``block_size``, each token predicted from those before it in its wind
 """
 
 import dataclasses
+import gc
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,7 @@ def measure(config: SpeedrunBenchmark, folder: Path) -> dict[str, object]:
     rate = TIMED_STEPS / (time.perf_counter() - timed)
     warmup = time.perf_counter() - started
     _start_over(trainer, fresh())
+    gc.collect()  # the other trainer: what goes later would be missing from the peak
     seconds, peak = with_memory(lambda: _train(trainer, config.seconds, rate), trainer.device)
     result = evaluate_loss(
         trainer.model,

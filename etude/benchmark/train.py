@@ -57,9 +57,7 @@ def train(config: TrainBenchmark) -> None:
 
 
 def compare(config: TrainBenchmark, folder: str) -> dict[str, object]:
-    """Time them in turns. On a CPU Hugging Face's model is timed twice: as
-    Etude's, and as it comes, in fp32 and not compiled.
-    """
+    """Time them in turns. On a CPU Hugging Face's model is timed twice: as Etude's, and as it comes, in fp32 and not compiled."""
     import torch
 
     from etude.device import describe
